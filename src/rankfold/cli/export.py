@@ -1,0 +1,36 @@
+"""`rankfold export`: write an adapter in a form that others read."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub name.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
+    format: Annotated[str, typer.Option(help="peft | portable | dense")] = "peft",
+    model: Annotated[str | None, typer.Option(help="Base (the adapter's own).", show_default=False)] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of what is not low-rank.", show_default=False)
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Largest relative error allowed per weight.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Write ADAPTER as peft, as the plain LoRA every server reads, or as dense weights.
+
+    rankfold export notes --format peft --out notes-peft
+    """
+    from rankfold.training.adapter import export_adapter
+
+    report = export_adapter(
+        adapter, out, format=format, model=model, rank=rank, max_error=max_error, overwrite=overwrite
+    )
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "format": format, "weights": report.rows}, indent=2))
+    else:
+        typer.echo(f"{report}\nwritten to {out}")

@@ -1,0 +1,71 @@
+"""The `rankfold` command: its verbs, and how errors become one sentence and an exit code."""
+
+import logging
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from rankfold.cli.adapt import adapt
+from rankfold.cli.export import export
+from rankfold.cli.fold import fold
+from rankfold.cli.methods import methods
+from rankfold.errors import RankfoldError
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="rankfold",
+    help="Low-rank learning: adapt a pretrained model, and turn the result into what others read.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in (adapt, methods, export, fold):
+    app.command()(verb)
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Low-rank learning: adapt a pretrained model, and turn the result into what others read."""
+    if show_version:
+        typer.echo(version("rankfold"))
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 on bad input, 130 when interrupted.
+
+    Args:
+        arguments: words after the program's name; None takes them from the process.
+    """
+    _quieten()
+    try:
+        given = None if arguments is None else list(arguments)
+        code = app(given, prog_name="rankfold", standalone_mode=False)
+    except (RankfoldError, OSError) as error:
+        return _fail(str(error), BAD_INPUT)
+    except TyperException as error:
+        return _fail(error.format_message(), BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; `rankfold adapt` continues with --resume", INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"rankfold: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _quieten() -> None:
+    """Silence remarks of libraries on what they found or lack; what matters of it is said by the run."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,70 @@
+"""`rankfold methods`: the catalogue."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import rankfold as rf
+from rankfold.errors import InvalidOption
+
+
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="A method's name or arXiv id.", show_default=False)
+    ] = None,
+    axis: Annotated[
+        str | None, typer.Option(help="structure, init, ranks, dynamics, ...", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
+) -> None:
+    """List the methods, or show one: formula, paper, options."""
+    if name is not None:
+        method = rf.find_method(name)
+        typer.echo(_json(method.to_dict()) if as_json else _page(method))
+        return
+    found = _of_axis(rf.methods(), axis)
+    if as_json:
+        typer.echo(_json([method.to_dict() for method in found]))
+    else:
+        Console().print(_table(found))
+
+
+def _of_axis(found: list[Any], axis: str | None) -> list[Any]:
+    axes = sorted({method.axis for method in found})
+    if axis is not None and axis not in axes:
+        raise InvalidOption(f"no method is on the axis {axis!r}; the axes are {', '.join(axes)}")
+    return [method for method in found if axis in (None, method.axis)]
+
+
+def _table(found: list[Any]) -> Table:
+    table = Table("method", "axis", "year", "formula", "title", box=None, pad_edge=False)
+    for method in found:
+        table.add_row(method.name, method.axis, str(method.year), method.formula, method.title)
+    return table
+
+
+def _page(method: Any) -> str:
+    lines = {
+        "axis": method.axis,
+        "formula": method.formula,
+        "paper": f"{method.title} ({method.year})",
+        "arxiv": f"https://arxiv.org/abs/{method.arxiv}" if method.arxiv else None,
+        "code": f"https://github.com/{method.code}" if method.code else None,
+        "status": method.status,
+    }
+    shown = [f"{name:<8} {value}" for name, value in lines.items() if value]
+    options = [f"  {method.axis}.{option}={_value(value)}" for option, value in method.options.items()]
+    return "\n".join(
+        [method.name, *shown, *(["options for --set, with their defaults", *options] if options else [])]
+    )
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)

@@ -1,0 +1,483 @@
+"""What an adapted model remembers of its adapters, and switching, disabling, removing and folding them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Incompatible, NotAdapted, NotDense, UnsupportedLayer, near_names
+from ..weights import Foreign, Weight, owned
+from .carrier import Carrier
+from .layer import StructuredAttention, StructuredForeign, StructuredLayer, kind_of
+from .targets import Target
+
+STAGES = ("transform", "modulate", "add", "normalise", "activation")
+_HANDLE = "_rankfold"
+
+
+class Branch(nn.Module):
+    """A change of a module's output, not of a weight: `edit(output)` replaces the output."""
+
+    leaves_owned: dict[str, tuple[nn.Module, str]]
+
+    def edit(self, hidden: Tensor) -> Tensor:
+        """Return the edited activation, of the same shape (batch, token, channels)."""
+        raise NotImplementedError
+
+    def owned(self) -> dict[str, tuple[Any, str]]:
+        """Map every stored leaf name to the module and attribute that hold it."""
+        return {name: (self, name) for name, _ in self.named_parameters(recurse=False)}
+
+    def formula(self) -> str:
+        """Return the change as a formula."""
+        raise NotImplementedError
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Edit the first tensor of a module's output, while the branch is active."""
+        if not self.__dict__.get("active", True):
+            return output
+        if isinstance(output, tuple):
+            return (self.edit(output[0]), *output[1:])
+        return self.edit(output)
+
+
+@dataclass
+class Adapter:
+    """One named adapter of a model.
+
+    Attributes:
+        name: chosen by the user.
+        record: everything that a file needs to rebuild it: recipe, ranks, seed, versions.
+        stage: where its change stands in the order transform, modulate, add, normalise.
+        paths: the adapted modules.
+        shared: attribute name on the root model of every tensor that the adapter shares between layers, by key.
+        values: tensors of the modules trained whole, as this adapter left them, by parameter name.
+        branches: the modules that edit activations, by path, with the handles of their hooks.
+        gate_keys: the gates that it needs.
+    """
+
+    name: str
+    record: dict[str, Any]
+    stage: str
+    paths: list[str]
+    shared: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    branches: dict[str, tuple[Branch, Any]] = field(default_factory=dict)
+    gate_keys: set[str] = field(default_factory=set)
+
+
+class Adaptation:
+    """The adapters of one model; it lives in the model's `__dict__` and is copied with it."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = (root,)
+        self.adapters: dict[str, Adapter] = {}
+        self.active: tuple[str, ...] = ()
+        self.layers: dict[str, StructuredLayer] = {}
+        self.flags = {name: p.requires_grad for name, p in root.named_parameters(remove_duplicate=False)}
+        self.base_values: dict[str, Tensor] = {}
+        self.carrier = Carrier(root)
+
+    @property
+    def root(self) -> nn.Module:
+        """The adapted model."""
+        return self._root[0]
+
+    def adapter(self, name: str | None = None) -> Adapter:
+        """Return an adapter by name; without a name, the only active one.
+
+        Raises:
+            NotAdapted: there is none of that name, or several are active.
+        """
+        if name is None:
+            if len(self.active) == 1:
+                return self.adapters[self.active[0]]
+            if len(self.adapters) == 1:
+                return next(iter(self.adapters.values()))
+            raise NotAdapted(
+                f"the model holds the adapters {sorted(self.adapters)}; say which one with name="
+            )
+        if name not in self.adapters:
+            raise NotAdapted(f"no adapter {name!r} in the model{near_names(name, self.adapters)}")
+        return self.adapters[name]
+
+    def expressions(self, name: str) -> dict[str, Weight]:
+        """Return the expressions of an adapter by path; a tied one appears once."""
+        found = {}
+        for path in self.adapter(name).paths:
+            layer = self.layers.get(path)
+            if layer is not None and name in layer.adapters:
+                found[path] = layer.adapters[name]
+        return found  # type: ignore[return-value]
+
+    def owned(self, name: str) -> dict[str, tuple[Any, str]]:
+        """Map every saved key of an adapter to the module and attribute that hold its tensor.
+
+        Keys are `<module path>:<leaf>` and `shared:<key>`; saving and loading both read this one map.
+        """
+        adapter, keys = self.adapter(name), {}
+        for path, expression in self.expressions(name).items():
+            keys.update({f"{path}:{leaf}": place for leaf, place in owned(expression).items()})
+        for path, (branch, _) in adapter.branches.items():
+            keys.update({f"{path}:{leaf}": place for leaf, place in branch.owned().items()})
+        keys.update({f"shared:{key}": (self.root, attribute) for key, attribute in adapter.shared.items()})
+        return keys
+
+    def whole(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of the modules trained whole, by parameter name, as this adapter has them."""
+        adapter = self.adapter(name)
+        if name in self.active:
+            adapter.values = {key: self._tensor(key).detach() for key in adapter.values}
+        return adapter.values
+
+    def _tensor(self, key: str) -> Tensor:
+        module, _, attribute = key.rpartition(".")
+        return getattr(self.root.get_submodule(module), attribute)  # type: ignore[no-any-return]
+
+    def trainable(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters that training this adapter moves."""
+        seen: set[int] = set()
+        for module, attribute in self.owned(name).values():
+            value = getattr(module, attribute)
+            if isinstance(value, nn.Parameter) and id(value) not in seen:
+                seen.add(id(value))
+                yield value
+        for key in self.adapter(name).values:
+            value = self._tensor(key)
+            if isinstance(value, nn.Parameter) and id(value) not in seen:
+                seen.add(id(value))
+                yield value
+
+    # Switching ----------------------------------------------------------------------------------------
+
+    def use(self, names: Sequence[str]) -> None:
+        """Make exactly these adapters active, in the order transform, modulate, add, normalise."""
+        chosen = [self.adapter(name) for name in dict.fromkeys(names)]
+        self._check_together(chosen)
+        ordered = sorted(chosen, key=lambda a: STAGES.index(a.stage))
+        self._store_values()
+        for layer in self.layers.values():
+            layer.activate([a.name for a in ordered])
+        for adapter in self.adapters.values():
+            for branch, _ in adapter.branches.values():
+                branch.__dict__["active"] = adapter in chosen
+        self.active = tuple(a.name for a in ordered)
+        self._restore_values()
+        self._set_flags()
+
+    def _check_together(self, chosen: list[Adapter]) -> None:
+        for stage in ("modulate", "normalise"):
+            same = [a.name for a in chosen if a.stage == stage]
+            if len(same) > 1:
+                raise Incompatible(
+                    f"adapters {same} all {stage} the weight, and two such changes have no joint meaning"
+                )
+        whole = [a.name for a in chosen if a.values]
+        if len(whole) > 1:
+            raise Incompatible(
+                f"adapters {whole} each hold their own copy of modules trained whole; use one of them"
+            )
+
+    def _store_values(self) -> None:
+        for name in self.active:
+            self.adapters[name].values = {k: v.data for k, v in self.whole(name).items()}
+
+    def _restore_values(self) -> None:
+        """Put the values of the modules trained whole in place: the active adapter's, or the base's.
+
+        Memory is exchanged, not copied: a graph recorded before `disabled` finds its tensors unchanged after it.
+        """
+        values = dict(self.base_values)
+        for name in self.active:
+            values.update(self.adapters[name].values)
+        for key, value in values.items():
+            self._tensor(key).data = value
+
+    def _set_flags(self) -> None:
+        for parameter in self.root.parameters():
+            parameter.requires_grad_(False)
+        for name in self.active:
+            for parameter in self.trainable(name):
+                parameter.requires_grad_(True)
+
+    # Adding and removing ------------------------------------------------------------------------------
+
+    def layer_for(self, target: Target) -> StructuredLayer:
+        """Return the structured layer at a target, made but not yet put in place where there was none.
+
+        Raises:
+            UnsupportedLayer: the module cannot hold an expression.
+        """
+        if target.path in self.layers:
+            return self.layers[target.path]
+        module = target.module
+        if target.part:
+            attention = self._attention(target, module)
+            layer: StructuredLayer = getattr(attention, target.part)
+        elif isinstance(module, StructuredLayer):
+            layer = module
+        else:
+            kind = kind_of(module)
+            if kind is None:
+                raise UnsupportedLayer(f"{target.path}: {type(module).__name__} cannot hold an expression")
+            layer = kind(module)
+        return layer
+
+    def _attention(self, target: Target, module: nn.Module) -> StructuredAttention:
+        if isinstance(module, StructuredAttention):
+            return module
+        made = self.__dict__.setdefault("_attentions", {})
+        path = target.path.rpartition(".")[0]
+        if path not in made:
+            made[path] = StructuredAttention(module)
+        return made[path]  # type: ignore[no-any-return]
+
+    def place(self, target: Target, layer: StructuredLayer) -> None:
+        """Put a structured layer where its original was."""
+        self.layers[target.path] = layer
+        path, module = target.path, layer
+        if target.part:
+            path = target.path.rpartition(".")[0]
+            module = self._attention(target, target.module)
+            _keep_off_inference_path(module.original)
+        if self.root.get_submodule(path) is not module:
+            _set_module(self.root, path, module)
+
+    def add(self, adapter: Adapter, trained: Iterable[str]) -> None:
+        """Take in a new adapter whose layers are in place, and make it the active one."""
+        self.adapters[adapter.name] = adapter
+        for path in trained:
+            module = self.root.get_submodule(path)
+            tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            for name, tensor in tensors.items():
+                key = f"{path}.{name}" if path else name
+                self.base_values.setdefault(key, tensor.detach().clone())
+                adapter.values[key] = self.base_values[key].clone()
+        self.use([adapter.name])
+
+    def remove(self, name: str) -> None:
+        """Take an adapter away; with the last one the model is bit for bit what it was before."""
+        adapter = self.adapter(name)
+        self.use([n for n in self.active if n != name])
+        for path in adapter.paths:
+            layer = self.layers.get(path)
+            if layer is not None and name in layer.adapters:
+                del layer.adapters[name]
+        for branch, handle in adapter.branches.values():
+            handle.remove()
+            for parent in self.root.modules():
+                for key in [k for k, child in parent._modules.items() if child is branch]:
+                    del parent._modules[key]
+        for attribute in adapter.shared.values():
+            delattr(self.root, attribute)
+        self.carrier.discard(adapter.gate_keys)
+        del self.adapters[name]
+        if not self.adapters:
+            self.dissolve()
+
+    def dissolve(self) -> None:
+        """Put every original layer back and restore `requires_grad`."""
+        self.carrier.discard(set(self.carrier.rules))
+        for path, module in list(self.root.named_modules(remove_duplicate=False)):
+            if isinstance(module, StructuredLayer) and path:
+                if isinstance(module, StructuredAttention):
+                    _forget_hooks(module.original)
+                if _get_module(self.root, path) is module:
+                    _set_module(self.root, path, module.original)
+        for name, parameter in self.root.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(self.flags.get(name, True))
+        for attribute in (_HANDLE, "save_pretrained", "load_state_dict", "push_to_hub"):
+            self.root.__dict__.pop(attribute, None)
+
+
+def _no_change(module: nn.Module, args: Any) -> None:
+    """Leave the inputs alone."""
+
+
+def _keep_off_inference_path(module: nn.Module) -> None:
+    """Hang a hook on an attention module: `nn.TransformerEncoderLayer` then calls its parts in inference too."""
+    if _no_change not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_no_change)
+
+
+def _forget_hooks(module: nn.Module) -> None:
+    for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _no_change]:
+        del module._forward_pre_hooks[key]
+
+
+def _get_module(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def adaptation_of(model: nn.Module) -> Adaptation | None:
+    """Return what an adapted model remembers of its adapters, or None."""
+    return model.__dict__.get(_HANDLE)
+
+
+def require(model: nn.Module) -> Adaptation:
+    """Return what an adapted model remembers of its adapters.
+
+    Raises:
+        NotAdapted: the model holds no adapter.
+    """
+    adaptation = adaptation_of(model)
+    if adaptation is None:
+        inner = [name for name, m in model.named_modules() if name and adaptation_of(m) is not None]
+        hint = f"; its part {inner[0]!r} does" if inner else ""
+        raise NotAdapted(f"{type(model).__name__} holds no adapter{hint}; adapt or load one first")
+    return adaptation
+
+
+def attach(model: nn.Module, adaptation: Adaptation) -> None:
+    """Let a model remember its adapters; nothing is registered on it."""
+    model.__dict__[_HANDLE] = adaptation
+
+
+def use(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
+    """Make the named adapters the active ones; the others stay in the model, frozen and without effect.
+
+    Several active adapters act in the order transform, modulate, add, normalise, whatever the order of the names;
+    two that transform act in the order given. Training moves the active ones.
+
+    Args:
+        model: an adapted model.
+        names: one name or several.
+
+    Raises:
+        NotAdapted: there is no such adapter.
+        Incompatible: the adapters have no joint meaning.
+    """
+    require(model).use([names] if isinstance(names, str) else list(names))
+    return model
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model is its base: no adapter acts, modules trained whole have their old values.
+
+    Example:
+        >>> import torch, rankfold as rf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> x = torch.ones(1, 8)
+        >>> before = model(x)
+        >>> _ = rf.adapt(model, "diablo", blocks=2)
+        >>> _ = torch.nn.init.ones_(model[0].adapters["default"].leaf("blocks").tensor())
+        >>> with rf.disabled(model):
+        ...     bool((model(x) == before).all())
+        True
+    """
+    adaptation = require(model)
+    active = adaptation.active
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    adaptation.use([])
+    try:
+        yield model
+    finally:
+        adaptation.use(active)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+
+
+def remove(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take an adapter away, or all of them; the last one leaves the model bit for bit as it was.
+
+    Args:
+        model: an adapted model; changed in place and returned.
+        name: of the adapter; None takes all away.
+
+    Raises:
+        NotAdapted: there is no such adapter.
+    """
+    adaptation = require(model)
+    for each in [name] if name is not None else list(adaptation.adapters):
+        adaptation.remove(each)
+    return model
+
+
+@dataclass(frozen=True)
+class FoldError:
+    """How far a folded weight is from its expression.
+
+    Attributes:
+        weight: path of the module.
+        relative: Frobenius norm of the difference over that of the expression's matrix.
+    """
+
+    weight: str
+    relative: float
+
+
+@torch.no_grad()
+def fold(model: nn.Module, *, requantise: bool = False) -> nn.Module:
+    """Multiply the active adapters into plain layers: the model is a stock model again.
+
+    Modules trained whole keep their trained values. Inactive adapters are dropped.
+
+    Args:
+        model: an adapted model; changed in place and returned.
+        requantise: quantise the folded weight of a quantised layer again; the error of every such weight is
+            then in `model.rankfold_fold_errors`.
+
+    Returns:
+        The model.
+
+    Raises:
+        NotAdapted: the model holds no adapter.
+        NotDense: an active adapter acts on activations.
+        UnsupportedLayer: a quantised layer is adapted and `requantise` is false.
+    """
+    adaptation = require(model)
+    layers = {path: layer for path, layer in adaptation.layers.items() if layer._active}
+    _refuse_fold(adaptation, layers, requantise)
+    errors = []
+    dense = {path: layer._active[0].dense() for path, layer in layers.items()}
+    for path, matrix in dense.items():
+        layer = layers[path]
+        old = layer._parameters.get("weight")
+        layer.store(matrix)
+        if isinstance(layer, StructuredForeign):
+            difference = torch.linalg.vector_norm((layer.matrix() - matrix).float())
+            errors.append(FoldError(path, float(difference / torch.linalg.vector_norm(matrix.float()))))
+        _retie(model, old, layer)
+    for name in adaptation.active:
+        adaptation.base_values.update({k: v.clone() for k, v in adaptation.whole(name).items()})
+    for name in list(adaptation.adapters):
+        adaptation.remove(name)
+    if errors:
+        model.__dict__["rankfold_fold_errors"] = errors
+    return model
+
+
+def _retie(model: nn.Module, old: Any, layer: StructuredLayer) -> None:
+    """Give every other module that held the old tensor the new one."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is old and parameter is not None:
+                module._parameters[name] = layer._parameters["weight"]
+
+
+def _refuse_fold(adaptation: Adaptation, layers: dict[str, StructuredLayer], requantise: bool) -> None:
+    for name in adaptation.active:
+        if adaptation.adapters[name].branches:
+            method = adaptation.adapters[name].record.get("recipe", {}).get("structure", name)
+            raise NotDense(f"{method} acts on activations and has no dense matrix: it cannot be folded")
+    for path, layer in layers.items():
+        foreign = any(isinstance(m, Foreign) for m in layer._active[0].modules())
+        if foreign and not requantise:
+            raise UnsupportedLayer(
+                f"{path} holds its weight in a quantised form; fold(model, requantise=True) quantises the folded "
+                "weight again and reports the error"
+            )

@@ -1,0 +1,226 @@
+"""Which modules of a model are meant: by preset, by glob, by regular expression or by name."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..errors import UnknownTarget, UnsupportedLayer, near_names
+from .layer import StructuredAttention, StructuredLayer, kind_of
+
+PRESETS = {
+    "all-linear": "every linear layer but the output head",
+    "attention": "the linear layers of attention",
+    "mlp": "the linear layers of the feed-forward blocks",
+    "embeddings": "every embedding",
+    "convolutions": "every convolution",
+    "blocks": "the outputs of the repeated blocks (for methods that act on activations)",
+}
+_ATTENTION = re.compile(r"attn|attention|self_attn|selfattention|encdecattention|\battn", re.IGNORECASE)
+_HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out", "cls", "output_projection")
+Targets = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module that can be adapted.
+
+    Attributes:
+        path: its dotted name; the projections of `nn.MultiheadAttention` are `<path>.in_proj` and `.out_proj`.
+        module: the module itself; for those projections, the attention module.
+        part: "in_proj" or "out_proj" for those projections, else "".
+    """
+
+    path: str
+    module: nn.Module = field(compare=False)
+    part: str = ""
+
+
+def candidates(model: nn.Module) -> Iterator[Target]:
+    """Yield every module that can hold an expression, in the order of the model, tied modules included."""
+    skipped: set[str] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path in skipped or not path or any(path.startswith(s + ".") for s in skipped):
+            continue
+        original = module.original if isinstance(module, StructuredLayer) else module
+        if isinstance(original, nn.MultiheadAttention):
+            skipped.update({f"{path}.out_proj", f"{path}.in_proj"})
+            if original._qkv_same_embed_dim:
+                yield Target(f"{path}.in_proj", module, "in_proj")
+            yield Target(f"{path}.out_proj", module, "out_proj")
+        elif isinstance(module, StructuredLayer):
+            skipped.add(f"{path}.adapters")
+            yield Target(path, module)
+        elif kind_of(module) is not None:
+            yield Target(path, module)
+
+
+def blocks(model: nn.Module) -> Iterator[Target]:
+    """Yield the members of every `nn.ModuleList` that repeats one class at least twice: the model's blocks."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(m) for m in module}) == 1:
+            if not isinstance(module[0], nn.ModuleList) and not _inside_block(model, path):
+                yield from (Target(f"{path}.{i}", block) for i, block in enumerate(module))
+
+
+def _inside_block(model: nn.Module, path: str) -> bool:
+    return any(part.isdigit() for part in path.split("."))
+
+
+def output_heads(model: nn.Module) -> set[str]:
+    """Return the names of the output head and of task heads, which no preset includes."""
+    heads = {name for name, _ in model.named_children() if name in _HEADS}
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if head is not None:
+        heads |= {name for name, module in model.named_modules(remove_duplicate=False) if module is head}
+    return heads
+
+
+def _is_linear(target: Target) -> bool:
+    module = target.module.original if isinstance(target.module, StructuredLayer) else target.module
+    return isinstance(module, nn.Linear | nn.MultiheadAttention) or type(module).__name__ == "Conv1D"
+
+
+def _preset(model: nn.Module, name: str, found: list[Target]) -> list[Target]:
+    heads = output_heads(model)
+    inner = [t for t in found if not any(t.path == h or t.path.startswith(h + ".") for h in heads)]
+    linear = [t for t in inner if _is_linear(t)]
+    if name == "all-linear":
+        return linear
+    if name == "attention":
+        return [t for t in linear if _in_attention(t)]
+    if name == "mlp":
+        return [t for t in linear if _in_block(t) and not _in_attention(t)]
+    if name == "embeddings":
+        return [t for t in found if isinstance(_plain(t), nn.Embedding)]
+    if name == "convolutions":
+        return [t for t in found if isinstance(_plain(t), nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    return list(blocks(model))
+
+
+def _plain(target: Target) -> nn.Module:
+    return target.module.original if isinstance(target.module, StructuredLayer) else target.module
+
+
+def _in_attention(target: Target) -> bool:
+    return bool(_ATTENTION.search(target.path)) or isinstance(_plain(target), nn.MultiheadAttention)
+
+
+def _in_block(target: Target) -> bool:
+    return any(part.isdigit() for part in target.path.split("."))
+
+
+def matches(path: str, pattern: str | re.Pattern[str]) -> bool:
+    """Say whether a pattern means a path: a compiled or `re:` regular expression must match all of it, anything
+    else is a glob for the whole path or for its last parts.
+
+    Example:
+        >>> matches("model.layers.0.self_attn.q_proj", "q_proj")
+        True
+        >>> matches("model.layers.0.self_attn.q_proj", "layers.[01].*.?_proj")
+        True
+        >>> matches("model.layers.0.self_attn.q_proj", r"re:.*layers\\.\\d+\\.mlp\\..*")
+        False
+    """
+    if isinstance(pattern, str) and pattern.startswith("re:"):
+        pattern = _compiled(pattern[3:])
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(path) is not None
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*.{pattern}")
+
+
+def _compiled(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UnknownTarget(f"target 're:{text}' is no regular expression: {error}") from None
+
+
+def find_targets(model: nn.Module, targets: Targets) -> list[Target]:
+    """Return the targeted modules in the order of the model.
+
+    Args:
+        model: any module.
+        targets: a preset of `PRESETS`, a glob over dotted names (or over their last parts), a regular expression
+            (compiled, or text that starts with `re:`), or a list of these.
+
+    Raises:
+        UnknownTarget: a pattern matches nothing; the sentence lists near names.
+        UnsupportedLayer: a pattern matches only modules that cannot hold an expression.
+    """
+    patterns = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
+    if not patterns:
+        raise UnknownTarget("no targets were given; name some, or use 'all-linear'")
+    if any(isinstance(module, nn.Module) for module in patterns):
+        raise UnknownTarget("targets are names, not modules")
+    found, wanted = list(candidates(model)), {}
+    for pattern in patterns:
+        for target in _matched(model, pattern, found):
+            wanted[target.path] = target
+    order = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    return sorted(
+        wanted.values(), key=lambda t: (order.get(t.path, order.get(t.path.rpartition(".")[0], 0)), t.path)
+    )
+
+
+def _matched(model: nn.Module, pattern: str | re.Pattern[str], found: list[Target]) -> list[Target]:
+    if isinstance(pattern, str) and pattern in PRESETS:
+        hits = _preset(model, pattern, found)
+    else:
+        hits = [t for t in found if matches(t.path, pattern)]
+    return hits or _nothing(model, pattern, found)
+
+
+def _nothing(model: nn.Module, pattern: str | re.Pattern[str], found: list[Target]) -> list[Target]:
+    text = pattern if isinstance(pattern, str) else pattern.pattern
+    others = {p: m for p, m in model.named_modules() if p and not isinstance(pattern, re.Pattern)}
+    refused = [
+        f"{p} ({type(m).__name__})"
+        for p, m in others.items()
+        if matches(p, pattern) and not list(m.children())
+    ]
+    if refused:
+        raise UnsupportedLayer(
+            f"target {text!r} matches {refused[0]}, which is no layer that can hold an expression"
+        )
+    names = {t.path.rpartition(".")[2] for t in found} | {t.path for t in found} | set(PRESETS)
+    listed = sorted({t.path.rpartition(".")[2] for t in found if not t.path.rpartition(".")[2].isdigit()})
+    hint = (
+        near_names(text, names - {text})
+        or f"; the model has {', '.join(listed[:12]) or 'no layer that can be adapted'}"
+    )
+    raise UnknownTarget(f"target {text!r} matches nothing in {type(model).__name__}{hint}")
+
+
+def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the dotted names of modules that are to be trained whole.
+
+    Raises:
+        UnknownTarget: a name is that of no module.
+    """
+    modules = dict(model.named_modules())
+    result: list[str] = []
+    for name in names:
+        hits = [path for path in modules if path and matches(path, name)]
+        if not hits:
+            raise UnknownTarget(
+                f"train={name!r} is no module of {type(model).__name__}{near_names(name, modules)}"
+            )
+        result += [hit for hit in hits if hit not in result]
+    return result
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """Return the freshly initialised head of a transformers task model, `score` or `classifier`, if it has one."""
+    task = re.search(r"For(Sequence|Token|Image|Audio|Video)\w*Classification$", type(model).__name__)
+    return [name for name, _ in model.named_children() if task and name in ("score", "classifier")]
+
+
+def attention_projection(target: Target) -> bool:
+    """Say whether a target is a projection inside `nn.MultiheadAttention`."""
+    return bool(target.part) or isinstance(target.module, StructuredAttention)

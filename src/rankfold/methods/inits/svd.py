@@ -1,0 +1,21 @@
+"""The leading singular vectors of the weight as a frozen frame: W0 ~ U_r diag(S_r) V_r^T (Eckart and Young 1936)."""
+
+from ...errors import InvalidOption
+from ...linalg import truncated_svd
+from ..registry import init
+from ..site import Basis, Site
+
+
+@init(
+    "svd",
+    gives="frame",
+    title="The approximation of one matrix by another of lower rank",
+    year=1936,
+    formula="W0 ~ U_r diag(S_r) V_r^T",
+)
+def svd(site: Site, rank: int, scaling: float, *, iterations: int | None = None) -> Basis:
+    """Return the leading singular triplets; `iterations` makes the decomposition randomised."""
+    if iterations is not None and iterations < 0:
+        raise InvalidOption(f"svd: iterations must be at least 0, not {iterations}")
+    triplets = truncated_svd(site.matrix(), rank, iterations=iterations, generator=site.generator("range"))
+    return Basis(*triplets)

@@ -1,0 +1,303 @@
+"""The catalogue: every method says what it is by registering itself, and nothing else has to be edited.
+
+A structure, an initialiser or a rank rule is a function with a decorator. Its options are its keyword-only
+parameters, its defaults theirs; title, year, arXiv id and formula go into the catalogue, the command line and the
+documentation. Third parties register theirs through the entry point group `rankfold.methods`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from ..errors import InvalidOption, UnknownMethod, near_names
+
+AXES = (
+    "structure", "init", "ranks", "dynamics", "optim", "pretrain", "compress", "merge", "continual", "federated",
+    "edit", "analysis", "layers", "numerics", "recipe",
+)  # fmt: skip
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StepZero:
+    """What a method promises of the model's output before the first step.
+
+    Attributes:
+        kind: "exact" (the base's output to the last bit), "near" (within the tolerance, relative to the largest
+            output), or "other".
+        tolerance: for "near".
+        note: for "other": what the output is instead.
+    """
+
+    kind: str
+    tolerance: float = 0.0
+    note: str = ""
+
+    def __str__(self) -> str:
+        """Return the promise as a phrase."""
+        if self.kind == "near":
+            return f"the base's output within {self.tolerance:g}"
+        return "exactly the base's output" if self.kind == "exact" else self.note
+
+
+EXACT = StepZero("exact")
+
+
+def near_base(tolerance: float) -> StepZero:
+    """Promise the base's output within a tolerance relative to the largest output."""
+    return StepZero("near", tolerance)
+
+
+def not_base(note: str) -> StepZero:
+    """Promise another output, and say which."""
+    return StepZero("other", note=note)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the catalogue.
+
+    Attributes:
+        name: lower case with hyphens, unique within its axis.
+        axis: one of `AXES`.
+        title: the paper's full title.
+        year: of the paper.
+        arxiv: its arXiv id, or "".
+        code: the official repository, "owner/name", or "".
+        formula: one line.
+        status: "tested" or "experimental".
+        start: the step-0 promise.
+        build: the function.
+        options: its keyword-only parameters and their defaults.
+        traits: what else the axis needs to know.
+    """
+
+    name: str
+    axis: str
+    title: str
+    year: int
+    arxiv: str
+    code: str
+    formula: str
+    status: str
+    start: StepZero
+    build: Callable[..., Any] = field(repr=False)
+    options: Mapping[str, Any]
+    traits: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as plain data."""
+        keys = ("name", "axis", "title", "year", "arxiv", "code", "formula", "status")
+        return {
+            **{k: getattr(self, k) for k in keys},
+            "start": str(self.start),
+            "options": dict(self.options),
+        }
+
+    @property
+    def doc(self) -> str:
+        """The documentation of the module that states the method."""
+        return inspect.getdoc(inspect.getmodule(self.build)) or ""
+
+    def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options with defaults filled in.
+
+        Raises:
+            InvalidOption: an option is unknown, or a number is not finite.
+        """
+        for key, value in options.items():
+            if key not in self.options:
+                known = ", ".join(self.options) or "none"
+                hint = near_names(key, self.options) or f"; its options: {known}"
+                raise InvalidOption(f"{self.name} has no option {key!r}{hint}")
+            self._check_value(key, value)
+        return {**self.options, **options}
+
+    def _check_value(self, key: str, value: Any) -> None:
+        default = self.options[key]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidOption(f"{self.name}: {key} must be a finite number, not {value}")
+        if isinstance(default, bool) != isinstance(value, bool) and default is not None:
+            raise InvalidOption(f"{self.name}: {key} must be like {default!r}, not {value!r}")
+        if isinstance(default, int | float) and not isinstance(value, int | float):
+            raise InvalidOption(f"{self.name}: {key} must be a number, not {value!r}")
+
+
+_METHODS: dict[tuple[str, str], Method] = {}
+
+
+def _options(build: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(build).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "shared"
+    }
+
+
+def register(
+    axis: str,
+    name: str,
+    *,
+    title: str,
+    year: int,
+    arxiv: str = "",
+    code: str = "",
+    formula: str,
+    status: str = "tested",
+    start: StepZero = EXACT,
+    **traits: Any,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that enters a function in the catalogue.
+
+    Raises:
+        ValueError: the axis is unknown, or the name is taken on it.
+    """
+
+    def enter(build: Callable[..., Any]) -> Callable[..., Any]:
+        known = _METHODS.get((axis, name))
+        if axis not in AXES or (known is not None and known.build.__module__ != build.__module__):
+            raise ValueError(f"cannot register {axis} {name!r}: the axis is unknown or the name is taken")
+        about = (title, year, arxiv, code, formula, status, start)
+        _METHODS[axis, name] = Method(name, axis, *about, build, _options(build), traits)
+        return build
+
+    return enter
+
+
+def smaller_side(shape: Shape) -> int:
+    """The limit of a rank whose basis or factors span the weight: min(out, in)."""
+    return min(shape)
+
+
+def structure(
+    name: str,
+    *,
+    stage: str = "add",
+    init: str | tuple[str, Mapping[str, Any]] | None = None,
+    starts: Sequence[str] = (),
+    rank: int | None = 8,
+    limit: Callable[[Shape], int] | None = smaller_side,
+    multiple: Callable[[Mapping[str, Any]], int] = lambda options: 1,
+    layers: Sequence[str] = ("linear", "attention", "embedding", "convolution"),
+    plan: Callable[..., Any] | None = None,
+    gate: Callable[..., Any] | None = None,
+    activations: bool = False,
+    targets: str = "all-linear",
+    example: Mapping[str, Any] | None = None,
+    **about: Any,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a structure: `build(site, rank, *, options) -> Weight` (or a Branch, for `activations`).
+
+    Args:
+        name: in the catalogue.
+        stage: where the change stands: transform, modulate, add, normalise, or activation.
+        init: the paper's initialiser, by name or (name, options); None if there is nothing to initialise.
+        starts: which starts of an initialiser make sense: zero, residual, displaced, frame.
+        rank: default rank; None if the structure has none.
+        limit: largest rank for a shape (out, in); None if there is no limit.
+        multiple: given the options, the number that a rank must be a multiple of.
+        layers: the layer kinds it applies to.
+        plan: `plan(sites, ranks, *, seed, options) -> Planned`, what is decided for all weights together.
+        gate: `gate(options) -> GateRule`, for a change that is open for some tokens only.
+        activations: the change acts on a module's output.
+        targets: the default targets.
+        example: options without which it cannot be built, for tests and documentation.
+        about: title, year, arxiv, code, formula, status, start: see `Method`.
+    """
+    traits = {
+        "stage": stage, "init": init, "starts": tuple(starts), "rank": rank, "limit": limit, "multiple": multiple,
+        "layers": tuple(layers), "plan": plan, "gate": gate, "activations": activations, "targets": targets,
+        "example": dict(example or {}),
+    }  # fmt: skip
+    return register("structure", name, **about, **traits)
+
+
+def init(name: str, *, gives: str, needs: Sequence[str] = (), **about: Any) -> Callable[..., Any]:
+    """Register an initialiser: `start(site, rank, scaling, *, options) -> Factors` (or Basis, for a frame).
+
+    Args:
+        name: in the catalogue.
+        gives: zero (the product is zero), residual (the start is subtracted from the base), displaced, or frame
+            (an orthonormal basis of the weight).
+        needs: the statistics that it reads.
+        about: title, year, arxiv, code, formula, status, start: see `Method`.
+    """
+    return register("init", name, **about, gives=gives, needs=tuple(needs))
+
+
+def ranks(name: str, **about: Any) -> Callable[..., Any]:
+    """Register a rank rule: `share(sites, rank, *, options) -> {path: rank}`."""
+    return register("ranks", name, **about)
+
+
+@cache
+def load_all() -> None:
+    """Import every module of methods in the package, then those that other packages announce."""
+    package = importlib.import_module("rankfold.methods")
+    for found in pkgutil.walk_packages(package.__path__, "rankfold.methods."):
+        importlib.import_module(found.name)
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="rankfold.methods"):
+        point.load()
+
+
+def methods(axis: str | None = None) -> list[Method]:
+    """Return the catalogue, by axis and name.
+
+    Example:
+        >>> import rankfold as rf
+        >>> rf.methods("init")[0].name
+        'kaiming'
+    """
+    load_all()
+    found = [m for m in _METHODS.values() if axis in (None, m.axis)]
+    return sorted(found, key=lambda m: (AXES.index(m.axis), m.name))
+
+
+def get(axis: str, name: str) -> Method:
+    """Return a method by axis and name.
+
+    Raises:
+        UnknownMethod: there is none; the sentence lists near names.
+    """
+    load_all()
+    if (axis, name) not in _METHODS:
+        known = [n for a, n in _METHODS if a == axis]
+        elsewhere = [a for a, n in _METHODS if n == name]
+        hint = f"; {name!r} is of the axis {elsewhere[0]}" if elsewhere else near_names(name, known)
+        raise UnknownMethod(f"no {axis} is called {name!r}{hint or '; known: ' + ', '.join(sorted(known))}")
+    return _METHODS[axis, name]
+
+
+def find_method(query: str) -> Method:
+    """Return a method by name or arXiv id.
+
+    Raises:
+        UnknownMethod: there is none, or the name is on several axes and none is written (`axis=name`).
+
+    Example:
+        >>> import rankfold as rf
+        >>> rf.find_method("2405.17604").name
+        'lora-xs'
+    """
+    load_all()
+    axis, _, name = query.rpartition("=")
+    found = [m for m in methods() if query == m.arxiv or (m.name == name and axis in ("", m.axis))]
+    if not found:
+        raise UnknownMethod(f"no method is called {query!r}{near_names(query, {m.name for m in methods()})}")
+    return found[0]
+
+
+def axes_of(name: str) -> list[str]:
+    """Return the axes on which a name is registered."""
+    load_all()
+    return [axis for axis, known in _METHODS if known == name]

@@ -1,0 +1,237 @@
+"""A site: one weight that is about to be adapted, and everything a method may ask of it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidOption
+from ..layers import StructuredLayer
+from ..weights import Base, Dense, Dropped, Gates, Pooled, Weight
+from .registry import Method
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Where a two-factor product starts.
+
+    Attributes:
+        up: (..., out, r).
+        down: (..., r, in).
+        start: "zero" (the product is zero), "residual" (its start is subtracted, so step 0 is the base's), or
+            "displaced" (step 0 is moved by the product).
+    """
+
+    up: Tensor
+    down: Tensor
+    start: str = "zero"
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A frame of a weight, `W0 ~ left diag(values) right`: left (out, r), values (r,), right (r, in)."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a structure plans for all its weights together, before any is built.
+
+    Attributes:
+        shared: tensors that the layers share; those that require a gradient are trained.
+        sites: per path, fixed tensors such as index maps; they are planned again at loading, not stored.
+    """
+
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    sites: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Return a hash of the fixed tensors, or "" where there are none."""
+        hasher = hashlib.sha256()
+        for path in sorted(self.sites):
+            for key in sorted(self.sites[path]):
+                hasher.update(f"{path}:{key}".encode())
+                hasher.update(self.sites[path][key].detach().cpu().contiguous().numpy().tobytes())
+        return hasher.hexdigest()[:16] if self.sites else ""
+
+
+def derived_seed(seed: int, *names: str) -> int:
+    """Return a seed that depends on the seed and the names only, never on an order of construction."""
+    digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight that is about to be adapted.
+
+    Attributes:
+        path: dotted name of its module.
+        layer: the structured layer that will hold the expression.
+        base: the leaf that stands for the stored weight, W0.
+        shape: (out, in) of the weight, of this block of it where `rows`, `columns` cut one out.
+        seed: of the adapter.
+        init: the initialiser and its options, or None.
+        blank: build the shapes only; the values will be loaded.
+        root: the model, which owns shared tensors.
+        shared: attribute name on the root of every shared tensor, by key.
+        planned: what the structure's plan holds for this weight.
+        gates, gate_key: where a gated change finds its gate.
+        statistics: what a calibration pass collected for this weight.
+        hidden: channels of a module whose output is edited.
+    """
+
+    path: str
+    layer: StructuredLayer | None
+    base: Base | None
+    shape: tuple[int, int]
+    seed: int
+    init: tuple[Method, Mapping[str, Any]] | None = None
+    blank: bool = False
+    root: nn.Module | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
+    planned: Mapping[str, Tensor] = field(default_factory=dict)
+    gates: Gates | None = None
+    gate_key: str = ""
+    statistics: Any = None
+    rows: slice = field(default_factory=lambda: slice(None))
+    columns: slice = field(default_factory=lambda: slice(None))
+    block_name: str = ""
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    # What the weight is -------------------------------------------------------------------------------
+
+    def matrix(self) -> Tensor:
+        """Return W0, or the block of it, as a matrix (out, in) in float32 or better."""
+        assert self.layer is not None
+        return self.layer.matrix().detach()[self.rows, self.columns].to(self.dtype)
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether the weight is an embedding, of which rows are read."""
+        return self.layer is not None and self.layer.looked_up
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Kernel size per spatial axis; empty unless the layer is a convolution."""
+        return getattr(self.layer.op, "window", ()) if self.layer is not None else ()
+
+    def block(self, row: int, column: int, count: int) -> Site:
+        """Return block (row, column) of a count x count cut of the weight, as a site of its own."""
+        out, columns = self.shape[0] // count, self.shape[1] // count
+        return replace(
+            self,
+            shape=(out, columns),
+            rows=slice(row * out, (row + 1) * out),
+            columns=slice(column * columns, (column + 1) * columns),
+            block_name=f"{self.block_name}[{row},{column}]",
+        )
+
+    # Sources of tensors -------------------------------------------------------------------------------
+
+    def generator(self, name: str) -> torch.Generator:
+        """Return a CPU generator seeded by the adapter's seed, the path and a name."""
+        return torch.Generator().manual_seed(derived_seed(self.seed, self.path, self.block_name, name))
+
+    def normal(self, name: str, *shape: int, std: float = 1.0) -> Tensor:
+        """Draw a normal tensor, alike on every device."""
+        return std * torch.randn(shape, generator=self.generator(name)).to(self.device, self.dtype)
+
+    def uniform(self, name: str, *shape: int, bound: float = 1.0) -> Tensor:
+        """Draw a tensor uniform on [-bound, bound], alike on every device."""
+        drawn = torch.rand(shape, generator=self.generator(name))
+        return (bound * (2 * drawn - 1)).to(self.device, self.dtype)
+
+    def trained(self, value: Tensor, name: str) -> Dense:
+        """Return a trained leaf, float32 or better, on the weight's device."""
+        return Dense(value.to(self.device, self.dtype), name, trainable=True)
+
+    def frozen(self, value: Tensor, name: str) -> Dense:
+        """Return a frozen leaf, float32 or better, on the weight's device."""
+        return Dense(value.to(self.device, self.dtype), name, trainable=False)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Return zeros."""
+        return torch.zeros(shape, device=self.device, dtype=self.dtype)
+
+    def pooled(self, key: str, name: str, shape: tuple[int, ...], **gather: Tensor) -> Pooled:
+        """Return a leaf that reads a tensor which the adapter's layers share."""
+        assert self.root is not None
+        return Pooled(self.root, self.shared[key], name, shape, **gather)
+
+    # Starts -------------------------------------------------------------------------------------------
+
+    def factors(self, rank: int, scaling: float = 1.0) -> Factors:
+        """Return the initialiser's two factors for a product `scaling * up @ down`."""
+        assert self.init is not None
+        method, options = self.init
+        if self.blank:
+            up, down = self.zeros(self.shape[0], rank), self.zeros(rank, self.shape[1])
+            return Factors(up, down, method.traits["gives"])
+        result: Factors = method.build(self, rank, scaling, **options)
+        return result
+
+    def basis(self, rank: int) -> Basis:
+        """Return the initialiser's frame of the weight."""
+        assert self.init is not None
+        if self.blank:
+            return Basis(self.zeros(self.shape[0], rank), self.zeros(rank), self.zeros(rank, self.shape[1]))
+        method, options = self.init
+        result: Basis = method.build(self, rank, 1.0, **options)
+        return result
+
+    def change(
+        self,
+        factors: Factors,
+        scaling: float,
+        *,
+        form: Callable[[Dense, Dense], Weight] = lambda up, down: up @ down,
+        dropout: float = 0.0,
+    ) -> Weight:
+        """Return `scaling * up @ down`, minus its start where that is residual.
+
+        Args:
+            factors: the start; it is rounded to the training dtype before it is subtracted.
+            scaling: the constant before the product.
+            form: how the two leaves make a map; a plain product by default.
+            dropout: probability that an input entry of the trained product is dropped, in [0, 1).
+        """
+        if not 0 <= dropout < 1:
+            raise InvalidOption(f"dropout must be in [0, 1), not {dropout}")
+        up, down = self.trained(factors.up, "up"), self.trained(factors.down, "down")
+        change: Weight = scaling * form(up, down)
+        if dropout:
+            change = Dropped(change, dropout)
+        if factors.start != "residual":
+            return change
+        start = form(
+            self.frozen(up.value.detach().clone(), "up.start"),
+            self.frozen(down.value.detach().clone(), "down.start"),
+        )
+        return change - scaling * start
+
+    def low_rank(self, rank: int, scaling: float, dropout: float = 0.0) -> Weight:
+        """Return the plain change of that rank, started by the initialiser."""
+        return self.change(self.factors(rank, scaling), scaling, dropout=dropout)
+
+
+def scaling_of(alpha: float | None, rank: int, rank_stabilised: bool = False) -> float:
+    """Return alpha / rank, or alpha / sqrt(rank); without alpha, alpha is the rank.
+
+    Raises:
+        InvalidOption: alpha is not a positive finite number.
+    """
+    alpha = float(rank) if alpha is None else float(alpha)
+    if not math.isfinite(alpha) or alpha <= 0:
+        raise InvalidOption(f"alpha must be a positive finite number, not {alpha}")
+    return alpha / math.sqrt(rank) if rank_stabilised else alpha / rank

@@ -1,0 +1,34 @@
+"""ABBA: the entrywise product of two trained low-rank matrices, one started at the weight's own leading subspace.
+
+    W = W0 + s (B1 A1) . (B2 A2),   B1 = U_r sqrt(S_r), A1 = sqrt(S_r) V_r^T,   B2 = 0, A2 Kaiming with a = 0
+
+Singhal et al. 2025. Applied through the Khatri-Rao product of the factors, rank r^2, or through the matrix where
+that costs less. s = alpha, as in the official code. Start: the base, exactly.
+"""
+
+from ...linalg import truncated_svd
+from ...weights import Weight
+from ..registry import structure
+from ..site import Site, scaling_of
+
+
+@structure(
+    "abba",
+    title="ABBA: Highly Expressive Hadamard Product Adaptation for Large Language Models",
+    year=2025,
+    arxiv="2505.14238",
+    code="CERT-Lab/abba",
+    formula="W = W0 + s (B1 A1) . (B2 A2)",
+    init=("kaiming", {"a": 0.0}),
+    starts=("zero",),
+    rank=32,
+)
+def abba(site: Site, rank: int, *, alpha: float | None = None) -> Weight:
+    """Return W0 + s (B1 A1) . (B2 A2); both products have the given rank."""
+    left, right = site.zeros(site.shape[0], rank), site.zeros(rank, site.shape[1])
+    if not site.blank:
+        u, values, vt = truncated_svd(site.matrix(), rank)
+        left, right = u * values.sqrt(), values.sqrt()[:, None] * vt
+    fixed = site.trained(left, "up1") @ site.trained(right, "down1")
+    scaling = rank * scaling_of(alpha, rank)
+    return site.base + scaling * (fixed * site.change(site.factors(rank), 1.0))

@@ -1,0 +1,93 @@
+"""aLoRA: a LoRA that acts only from its invocation tokens onwards, so that a base model's cache can be used.
+
+    y_t = W0 x_t + 1[t >= t0] s B A x_t,   t0 = start of the last occurrence of the invocation in the prompt
+
+Greenewald et al. 2025. Rows without the invocation are the base model's. It cannot be folded. Start: the base, exactly.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidOption
+from ...layers import CacheMemory, ModelInputs
+from ...weights import Gated, Weight
+from ..registry import structure
+from ..site import Site, scaling_of
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class Invoked:
+    """The gate that opens where the invocation starts and stays open, across calls that share a cache.
+
+    Args:
+        invocation: token ids.
+    """
+
+    def __init__(self, invocation: Sequence[int]) -> None:
+        self.invocation = tuple(invocation)
+        self.memory = CacheMemory()
+
+    def compute(self, inputs: ModelInputs) -> Tensor:
+        """Return the gate, (batch, token)."""
+        if inputs.ids is None:
+            raise InvalidOption(
+                "alora finds its invocation in input_ids; a model called with inputs_embeds has none"
+            )
+        start = self.start_of(inputs.ids)
+        start = torch.where(start == _NEVER, start, start + inputs.past)
+        if inputs.cache is not None:
+            if inputs.past and inputs.cache in self.memory.values:
+                known = self.memory.values[inputs.cache].to(start.device)
+                start = torch.where(start == _NEVER, known, start)
+            self.memory.values[inputs.cache] = start
+        place = inputs.past + torch.arange(inputs.tokens, device=inputs.device)
+        return place[None] >= start[:, None]
+
+    def start_of(self, ids: Tensor) -> Tensor:
+        """Return the position (batch,) where the last occurrence in ids (batch, token) starts, or the largest integer."""
+        size = len(self.invocation)
+        none = torch.full((ids.shape[0],), _NEVER, device=ids.device)
+        if ids.shape[1] < size:
+            return none
+        hits = (ids.unfold(1, size, 1) == torch.tensor(self.invocation, device=ids.device)).all(-1)
+        place = torch.arange(hits.shape[1], device=ids.device)
+        last = torch.where(hits, place, -1).max(1).values
+        return torch.where(last < 0, none, last)
+
+
+def invocation_gate(*, invocation: Sequence[int], **options: float) -> Invoked:
+    """Return the gate of an invocation.
+
+    Raises:
+        InvalidOption: the invocation is empty or holds other things than token ids.
+    """
+    if not invocation or isinstance(invocation, str) or not all(isinstance(i, int) for i in invocation):
+        raise InvalidOption(f"alora needs invocation=(token ids of the invocation), not {invocation!r}")
+    return Invoked(invocation)
+
+
+@structure(
+    "alora",
+    title="Activated LoRA: Fine-tuned LLMs for Intrinsics",
+    year=2025,
+    arxiv="2504.12397",
+    code="IBM/activated-lora",
+    formula="y_t = W0 x_t + 1[t >= t0] s B A x_t",
+    init="kaiming",
+    starts=("zero", "residual"),
+    rank=32,
+    layers=("linear",),
+    targets="attention",
+    gate=invocation_gate,
+    example={"invocation": (1,)},
+)
+def alora(
+    site: Site, rank: int, *, invocation: Sequence[int] = (), alpha: float | None = None, dropout: float = 0.0
+) -> Weight:
+    """Return W0 plus the gated change; invocation is a sequence of token ids, dropout in [0, 1)."""
+    assert site.gates is not None
+    change = site.low_rank(rank, scaling_of(alpha, rank), dropout)
+    return site.base + Gated(change, site.gates, site.gate_key)

@@ -1,0 +1,44 @@
+"""FLoRA: a Tucker change in the weight's own number of dimensions, without flattening a kernel.
+
+    W = W0 + s G x_1 U_out x_2 U_in x_3 U_h x_4 U_w,   G = 0,   linear: W = W0 + s U_out G U_in^T
+
+Si et al. 2024. Factors are Kaiming normal with a = sqrt(3), as in the original repository. On a convolution the
+change is a 1x1 mix to r channels, a small kernel and a 1x1 mix back. Start: the base, exactly.
+"""
+
+import math
+
+from ...errors import InvalidOption
+from ...weights import Tucker, Weight
+from ..registry import structure
+from ..site import Site, scaling_of
+
+
+@structure(
+    "flora-tucker",
+    title="FLoRA: Low-Rank Core Space for N-dimension",
+    year=2024,
+    arxiv="2405.14739",
+    code="SJTU-DeepVisionLab/FLoRA",
+    formula="W = W0 + s G x_1 U_out x_2 U_in x_3 U_h x_4 U_w",
+    limit=None,
+)
+def flora_tucker(site: Site, rank: int, *, window_rank: int = 2, alpha: float | None = None) -> Weight:
+    """Return W0 plus the Tucker change; a rank above a mode's size is that size.
+
+    Args:
+        site: the weight.
+        rank: of the two channel modes.
+        window_rank: of every window mode of a convolution.
+        alpha: numerator of the scaling; the rank by default.
+    """
+    if window_rank < 1:
+        raise InvalidOption(f"flora-tucker: window_rank must be at least 1, not {window_rank}")
+    sizes = (site.shape[0], site.shape[1] // math.prod(site.window), *site.window)
+    ranks = [min(rank, size) for size in sizes[:2]] + [min(window_rank, size) for size in sizes[2:]]
+    names = ("out", "in", "window1", "window2", "window3")
+    factors = [
+        site.trained(site.normal(name, size, mode, std=math.sqrt(0.5 / mode)), name)
+        for name, size, mode in zip(names, sizes, ranks, strict=False)
+    ]
+    return site.base + scaling_of(alpha, rank) * Tucker(site.trained(site.zeros(*ranks), "core"), factors)

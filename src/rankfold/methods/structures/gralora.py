@@ -1,0 +1,52 @@
+"""GraLoRA: the weight is cut into k x k blocks, each with its own adapter of rank r / k.
+
+    block (j, n) of W = block (j, n) of W0 + s B_j[:, n q:(n+1) q] A_n[j q:(j+1) q, :],   q = r / k
+
+Jung et al. 2025. Parameters and multiply-adds are LoRA's, the rank reaches k r. An initialiser sees every block
+as a weight of its own. s = alpha / (r + r_h) with alpha = 2 r; r_h is the rank of an optional plain LoRA beside it.
+"""
+
+from torch import Tensor, stack
+
+from ...errors import InvalidOption
+from ...weights import Grid, Weight
+from ..registry import structure
+from ..site import Factors, Site, scaling_of
+
+
+def grid_factors(site: Site, rank: int, scaling: float, k: int) -> Factors:
+    """Return up (k, out / k, r) and down (k, r, in / k) from an initialiser's factors of every block."""
+    blocks = [[site.block(j, n, k).factors(rank // k, scaling) for n in range(k)] for j in range(k)]
+    up = stack([_joined([blocks[j][n].up for n in range(k)], 1) for j in range(k)])
+    down = stack([_joined([blocks[j][n].down for j in range(k)], 0) for n in range(k)])
+    return Factors(up, down, blocks[0][0].start)
+
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    return stack(tensors, dim).flatten(dim, dim + 1)
+
+
+@structure(
+    "gralora",
+    title="GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning",
+    year=2025,
+    arxiv="2505.20355",
+    code="SqueezeBits/GraLoRA",
+    formula="W_jn = W0_jn + s B_jn A_nj, k x k blocks of rank r/k",
+    init="kaiming",
+    starts=("zero", "residual", "displaced"),
+    rank=32,
+    multiple=lambda options: int(options["k"]),
+)
+def gralora(site: Site, rank: int, *, k: int = 2, hybrid_rank: int = 0, alpha: float | None = None) -> Weight:
+    """Return W0 plus the grid of k x k blocks, plus a plain product of rank hybrid_rank."""
+    if any(size % k for size in site.shape):
+        raise InvalidOption(
+            f"{site.path}: gralora needs k={k} to divide both sides of the weight {site.shape}"
+        )
+    scaling = scaling_of(2 * rank if alpha is None else alpha, rank + hybrid_rank)
+    weight = site.base + site.change(grid_factors(site, rank, scaling, k), scaling, form=Grid)
+    if not hybrid_rank:
+        return weight
+    plain = site.factors(hybrid_rank, scaling)
+    return weight + scaling * (site.trained(plain.up, "plain.up") @ site.trained(plain.down, "plain.down"))

@@ -1,0 +1,27 @@
+"""HiRA: every entry of the weight is scaled by one plus a low-rank change.
+
+    W = W0 . (1 + B A),   rank(W - W0) <= r rank(W0)
+
+Huang et al. 2025. No alpha. Entries of W0 that are zero never change. Start: the base, exactly.
+"""
+
+from ...weights import Modulated, Weight
+from ..registry import near_base, structure
+from ..site import Site
+
+
+@structure(
+    "hira",
+    stage="modulate",
+    title="HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models",
+    year=2025,
+    code="hqsiswiliam/hira",
+    formula="W = W0 . (1 + B A)",
+    start=near_base(1e-6),
+    init="kaiming",
+    starts=("zero",),
+    rank=32,
+)
+def hira(site: Site, rank: int) -> Weight:
+    """Return W0 . (1 + B A)."""
+    return Modulated(site.base, site.change(site.factors(rank), 1.0))

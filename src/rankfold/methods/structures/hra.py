@@ -1,0 +1,47 @@
+"""HRA: the weight's inputs pass through a product of r trained Householder reflections.
+
+    W = W0 H,   H = (I - 2 v_1 v_1^T) ... (I - 2 v_r v_r^T) = I - V T V^T,   v_i = u_i / ||u_i||
+
+Yuan et al. 2024. W W^T and the singular values stay those of W0; rank(W - W0) <= r. Every vector starts as a copy
+of its neighbour, so that the reflections cancel in pairs: the rank is even. The paper's regulariser is `penalty`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ...weights import Reflections, Weight
+from ..registry import near_base, structure
+from ..site import Site
+
+
+@structure(
+    "hra",
+    stage="transform",
+    title="Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation",
+    year=2024,
+    arxiv="2405.17484",
+    code="DaShenZi721/HRA",
+    formula="W = W0 prod_i (I - 2 v_i v_i^T)",
+    start=near_base(1e-5),
+    limit=lambda shape: shape[1],
+    multiple=lambda options: 2,
+)
+def hra(site: Site, rank: int) -> Weight:
+    """Return W0 H; rank is the even number of reflections."""
+    half = site.uniform("vectors", site.shape[1], rank // 2, bound=1 / math.sqrt(rank // 2))
+    vectors = site.trained(half.repeat_interleave(2, dim=1), "vectors")
+    return site.base @ Reflections(vectors)
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """Return the sum over weights of ||I - V^T V||_F, to be added to the loss times the paper's lambda (1e-4)."""
+    total = torch.zeros(())
+    for module in model.modules():
+        if isinstance(module, Reflections):
+            unit, _ = module.compact()
+            total = total.to(unit) + torch.linalg.matrix_norm(
+                torch.eye(unit.shape[1]).to(unit) - unit.T @ unit
+            )
+    return total

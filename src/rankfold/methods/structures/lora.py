@@ -1,0 +1,36 @@
+"""LoRA: a frozen weight plus a trained rank-r product.
+
+    W = W0 + s B A,   B in R^{out x r}, A in R^{r x in},   s = alpha / r
+
+Hu et al. 2021. Rank-stabilised scaling (Kalajdzievski 2023) is s = alpha / sqrt(r). Dropout acts on the input of
+the change only. Start: the base, exactly.
+"""
+
+from ...weights import Weight
+from ..registry import structure
+from ..site import Site, scaling_of
+
+
+@structure(
+    "lora",
+    title="LoRA: Low-Rank Adaptation of Large Language Models",
+    year=2021,
+    arxiv="2106.09685",
+    code="microsoft/LoRA",
+    formula="W = W0 + s B A",
+    init="kaiming",
+    starts=("zero", "residual", "displaced"),
+)
+def lora(
+    site: Site, rank: int, *, alpha: float | None = None, rank_stabilised: bool = False, dropout: float = 0.0
+) -> Weight:
+    """Return W0 + s B A.
+
+    Args:
+        site: the weight.
+        rank: inner dimension of B A.
+        alpha: numerator of the scaling; the rank by default.
+        rank_stabilised: divide alpha by sqrt(rank) instead of rank.
+        dropout: probability, in [0, 1), of dropping an input entry of the change while training.
+    """
+    return site.base + site.low_rank(rank, scaling_of(alpha, rank, rank_stabilised), dropout)

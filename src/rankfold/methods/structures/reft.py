@@ -1,0 +1,114 @@
+"""LoReFT: edit hidden states, at chosen positions, inside a trained low-dimensional subspace.
+
+    h' = h + R^T (W h + b - R h),   R in R^{r x d} with orthonormal rows,   so R h' = W h + b
+
+Wu et al. 2024. It acts on the output of a block, so there is no weight to fold it into. Positions "f7+l7" are the
+first and last seven tokens of the prompt, clipped to half of it each; generated tokens are not edited. In training
+the prompt is what comes before the first label. Start: not the base, W and b start like those of a linear layer.
+"""
+
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InvalidOption
+from ...layers import Branch, ModelInputs
+from ...weights import Gates
+from ..registry import not_base, structure
+from ..site import Site
+
+
+class Positions:
+    """The gate that is open at the first and last tokens of the prompt.
+
+    Args:
+        first, last: how many tokens at each end.
+    """
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+
+    def compute(self, inputs: ModelInputs) -> Tensor:
+        """Return the gate, (batch, token); closed everywhere once there is a cached prompt."""
+        inside = torch.ones(inputs.batch, inputs.tokens, dtype=torch.bool, device=inputs.device)
+        if inputs.mask is not None and inputs.mask.shape == inside.shape:
+            inside = inputs.mask.bool()
+        if inputs.labels is not None and bool((inputs.labels == -100).any()):
+            inside = inside & ((inputs.labels != -100).cumsum(1) == 0)
+        if inputs.past:
+            return torch.zeros_like(inside)
+        length, order = inside.sum(1, keepdim=True), inside.cumsum(1)
+        half = (length + 1) // 2
+        first, last = half.clamp_max(self.first), (length - half).clamp_max(self.last)
+        return inside & ((order <= first) | (order > length - last))
+
+
+def positions_gate(*, positions: str, **options: float) -> Positions:
+    """Read positions such as "f7+l7".
+
+    Raises:
+        InvalidOption: the text is of another form.
+    """
+    match = re.fullmatch(r"f(\d+)\+l(\d+)", positions)
+    if match is None:
+        raise InvalidOption(f"reft: positions must read like 'f7+l7', not {positions!r}")
+    return Positions(int(match[1]), int(match[2]))
+
+
+class LoReFT(Branch):
+    """The edit of one block's output.
+
+    Args:
+        frame: (d, r); the rows of R are its orthonormalised columns.
+        weight, bias: W (r, d) and b (r,).
+        gates, key: where the positions are found.
+    """
+
+    def __init__(self, frame: Tensor, weight: Tensor, bias: Tensor, gates: Gates, key: str) -> None:
+        super().__init__()
+        self.frame, self.weight, self.bias = nn.Parameter(frame), nn.Parameter(weight), nn.Parameter(bias)
+        self.__dict__["gates"], self.key = gates, key
+
+    def rotation(self) -> Tensor:
+        """Return R, (r, d), with orthonormal rows."""
+        q, r = torch.linalg.qr(self.frame)
+        return (q * torch.sign(torch.diagonal(r))).T
+
+    def edit(self, hidden: Tensor) -> Tensor:
+        """Return the edited hidden states (batch, token, d); other positions are untouched, bit for bit."""
+        chosen = self.gates.read(self.key, hidden) != 0  # type: ignore[union-attr]
+        rotation = self.rotation().to(hidden.dtype)
+        wanted = nn.functional.linear(
+            hidden, self.weight.to(hidden.dtype) - rotation, self.bias.to(hidden.dtype)
+        )
+        return torch.where(chosen, hidden + wanted @ rotation, hidden)
+
+    def formula(self) -> str:
+        """Return the edit as a formula."""
+        rank, width = self.weight.shape
+        return f"h + R*^T (W*[{rank}x{width}] h + b* - R* h)"
+
+
+@structure(
+    "reft",
+    stage="activation",
+    title="ReFT: Representation Finetuning for Language Models",
+    year=2024,
+    arxiv="2404.03592",
+    code="stanfordnlp/pyreft",
+    formula="h' = h + R^T (W h + b - R h), R R^T = I",
+    start=not_base("R h' = W h + b at the edited positions"),
+    activations=True,
+    gate=positions_gate,
+    targets="blocks",
+)
+def reft(site: Site, rank: int, *, positions: str = "f7+l7") -> Branch:
+    """Return the edit of a block of hidden size d at positions such as "f7+l7"."""
+    width = site.shape[0]
+    frame = torch.linalg.qr(site.normal("frame", width, rank)).Q
+    bound = 1 / math.sqrt(width)
+    weight, bias = site.uniform("weight", rank, width, bound=bound), site.uniform("bias", rank, bound=bound)
+    assert site.gates is not None
+    return LoReFT(frame, weight, bias, site.gates, site.gate_key)

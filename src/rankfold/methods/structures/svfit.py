@@ -1,0 +1,28 @@
+"""SVFit: train the leading singular values, freeze both singular bases and the rest of the spectrum.
+
+    W = U_r diag(z) V_r^T + W_rest = W0 + U_r diag(z - S_r) V_r^T,   z in R^r starts at S_r
+
+Sun et al. 2024. The offset z - S_r is what is trained, so weight decay pulls towards the base.
+Start: the base, exactly.
+"""
+
+from ...weights import Diagonal, Weight
+from ..registry import structure
+from ..site import Site
+
+
+@structure(
+    "svfit",
+    title="SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
+    year=2024,
+    arxiv="2409.05926",
+    formula="W = W0 + U_r diag(z - S_r) V_r^T",
+    init="svd",
+    starts=("frame",),
+    rank=128,
+)
+def svfit(site: Site, rank: int) -> Weight:
+    """Return W0 + U_r diag(offset) V_r^T."""
+    basis = site.basis(rank)
+    offset = Diagonal(site.trained(site.zeros(rank), "offset"))
+    return site.base + site.frozen(basis.left, "left") @ offset @ site.frozen(basis.right, "right")

@@ -1,0 +1,147 @@
+"""The pretrained model and tokenizer that a run or an adapter starts from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankfold.errors import FormatError, InvalidOption, MissingPath
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model, its tokenizer, and what of it was not in the checkpoint.
+
+    Args:
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer, with a padding token.
+        fresh: paths of the modules that started at random, such as a new task head.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    fresh: tuple[str, ...]
+
+
+def read_model_config(model: str) -> "PretrainedConfig":
+    """Return the configuration of the model at `model`, a folder or a hub name.
+
+    Raises:
+        MissingPath: when there is no such model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(model)
+    except Exception as error:  # a name, a file and the network fail in many ways
+        place = (
+            f"the folder {model} holds no model"
+            if Path(model).is_dir()
+            else (f"there is no model folder {model}, nor a hub model of that name that can be reached")
+        )
+        raise MissingPath(f"{place}: {_first_line(error)}") from error
+    return config
+
+
+def task_of(config: "PretrainedConfig") -> str | None:
+    """Return the task that the model's architecture names, or None where it names neither."""
+    names = getattr(config, "architectures", None) or []
+    if any("SequenceClassification" in name for name in names):
+        return "classify"
+    return "causal" if any("CausalLM" in name or "LMHeadModel" in name for name in names) else None
+
+
+def own_labels(config: "PretrainedConfig", values: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the model's own class names when it is a classifier whose names or ids cover `values`.
+
+    Ids are answered by their text, so that integer labels keep meaning the model's classes.
+    """
+    if task_of(config) != "classify" or not config.id2label:
+        return None
+    names = tuple(str(name) for _, name in sorted(config.id2label.items()))
+    for known in (names, tuple(str(number) for number in range(len(names)))):
+        if set(values) <= set(known):
+            return known
+    return None
+
+
+def load_base(model: str, task: str, *, labels: Sequence[str] | None = None, dtype: str = "float32") -> Base:
+    """Load model and tokenizer.
+
+    Args:
+        model: a folder or a hub name.
+        task: `causal` or `classify`.
+        labels: class names in the order of their ids, for `classify`; None keeps the model's own.
+        dtype: the name of a torch dtype.
+
+    Raises:
+        MissingPath: when there is no such model.
+        FormatError: when its files cannot be read, or do not fit its configuration.
+    """
+    import transformers
+
+    config = read_model_config(model)
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    auto: Any = transformers.AutoModelForCausalLM
+    if task == "classify":
+        auto = transformers.AutoModelForSequenceClassification
+        _name_classes(config, labels)
+        # A head for other classes is replaced by a new one, which is then trained.
+        options["ignore_mismatched_sizes"] = True
+    try:
+        loaded, info = auto.from_pretrained(model, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # every file format and model class fails in its own way
+        raise FormatError(f"the model {model} cannot be loaded to {task}: {_first_line(error)}") from error
+    _ensure_padding(loaded, tokenizer)
+    return Base(loaded, tokenizer, _fresh(info))
+
+
+def length_limit(base: Base, asked: int | None) -> int:
+    """Return how many tokens an example may have: `asked`, or 512, or what the model can hold.
+
+    Raises:
+        InvalidOption: when `asked` is more than the model can hold.
+    """
+    positions = getattr(base.model.config, "max_position_embeddings", None) or DEFAULT_LENGTH
+    # A tokenizer without a limit of its own names an astronomic one.
+    limit = min(int(positions), int(base.tokenizer.model_max_length))
+    if asked is not None and asked > limit:
+        raise InvalidOption(f"max-length is {asked}; the model holds at most {limit} tokens")
+    return asked or min(DEFAULT_LENGTH, limit)
+
+
+def _name_classes(config: "PretrainedConfig", labels: Sequence[str] | None) -> None:
+    if labels is None:
+        return
+    numbered = [str(number) for number in range(len(labels))]
+    if list(labels) == numbered and config.num_labels == len(labels) and task_of(config) == "classify":
+        return  # the labels are the ids of the model's own classes: it keeps their names
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: number for number, name in enumerate(labels)}
+
+
+def _ensure_padding(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise FormatError("the tokenizer has no token that can fill up a batch: give it a pad_token")
+    # A classifier on a decoder finds the last token of a text by it.
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _fresh(info: dict[str, Any]) -> tuple[str, ...]:
+    """Return the modules that hold the missing and the mismatched weights, in the order of their names."""
+    keys = [*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])]
+    return tuple(sorted({key.rpartition(".")[0] for key in keys}))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

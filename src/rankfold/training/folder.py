@@ -1,0 +1,138 @@
+"""The folder of a run: what is in it, who may write there, and how it becomes complete."""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankfold.errors import InvalidOption, OutputExists
+from rankfold.training.config import RunConfig, config_text, flag, read_config
+
+# Where a run continues and how often it saves may change between its parts; nothing else may.
+MAY_CHANGE = {"out", "save_steps", "device"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder with `config.yaml`, `checkpoints/`, and at the end the adapter and `result.json`.
+
+    Args:
+        path: the folder; it need not exist yet.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The settings that repeat the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the trainer's checkpoints."""
+        return self.path / "checkpoints"
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuse to write here, unless the folder is empty, may be overwritten, or holds a run to resume.
+
+        Raises:
+            OutputExists: when it holds something else.
+            InvalidOption: when both `resume` and `overwrite` are asked for.
+        """
+        if resume and overwrite:
+            raise InvalidOption("resume keeps what the folder holds and overwrite discards it; choose one")
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExists(f"{self.path} exists and is no folder; choose another --out")
+        if overwrite or not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not resume:
+            raise OutputExists(f"the folder {self.path} is not empty; choose another or add --overwrite")
+        if not self.config_file.is_file():
+            raise OutputExists(f"the folder {self.path} holds no run to resume: it has no config.yaml")
+
+    def start(self, config: RunConfig, *, overwrite: bool) -> None:
+        """Clear what an overwritten run left, and write the settings.
+
+        Raises:
+            InvalidOption: when a run that is resumed had other settings.
+        """
+        if overwrite:
+            self._clear()
+        if self.config_file.is_file():
+            self._compare(config)
+            return
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_text(self.config_file, config_text(config))
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint that was written to its end: the trainer's state is its last file."""
+        found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+        return next((path for path in reversed(found) if _is_json(path / "trainer_state.json")), None)
+
+    def finish(self, save: Callable[[Path], object], result: dict[str, Any]) -> None:
+        """Let `save` write the adapter into an empty folder; move its files here, with the result.
+
+        The adapter's description comes last: a folder that has it has the rest.
+        """
+        with appearing(self.path, overwrite=True) as staging:
+            save(staging)
+            write_text(staging / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def _clear(self) -> None:
+        for name in ("rankfold.json", "rankfold.safetensors", "README.md", "result.json", "config.yaml"):
+            (self.path / name).unlink(missing_ok=True)
+        for checkpoint in self.checkpoints.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _compare(self, config: RunConfig) -> None:
+        stored = RunConfig(**read_config(self.config_file))
+        for item in dataclasses.fields(RunConfig):
+            before, now = getattr(stored, item.name), getattr(config, item.name)
+            if item.name not in MAY_CHANGE and before != now:
+                raise InvalidOption(
+                    f"{flag(item.name)} was {before!r} in {self.config_file} and is {now!r} now; "
+                    f"a resumed run keeps its settings"
+                )
+
+
+@contextmanager
+def appearing(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give an empty folder to write in; its files move to `out` when all are written, or vanish on an error.
+
+    Json files, which describe the others, move last.
+
+    Raises:
+        OutputExists: when `out` is not empty and may not be overwritten.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputExists(f"{out} exists and is no folder; choose another --out")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise OutputExists(f"the folder {out} is not empty; choose another or add --overwrite")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as sibling:
+        staging = Path(sibling) / out.name
+        staging.mkdir()
+        yield staging
+        out.mkdir(exist_ok=True)
+        for file in sorted(staging.iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
+            file.replace(out / file.name)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it appears complete or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

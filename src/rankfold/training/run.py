@@ -1,0 +1,237 @@
+"""One training run: from settings to an adapter in a folder, through transformers' Trainer."""
+
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import rankfold as rf
+from rankfold.errors import InvalidOption
+from rankfold.layers import task_heads
+from rankfold.training.config import DEFAULT_EPOCHS, RunConfig
+from rankfold.training.folder import RunFolder
+from rankfold.training.memory import predict_memory
+from rankfold.training.metrics import Score, evaluate
+from rankfold.training.prepare import Prepared, prepare
+from rankfold.training.report import RunPlan, RunResult
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer, TrainingArguments
+
+Notify = Callable[[str], None]
+AXES = ("structure", "init", "ranks")
+
+
+def recipe(method: str, options: dict[str, Any]) -> rf.Recipe:
+    """Return the recipe of the point `method` with `options` by `axis.option` given to its parts.
+
+    Raises:
+        UnknownMethod: when a part of the point is no method.
+        InvalidOption: when an option's axis has no part in the point.
+
+    Example:
+        >>> recipe("dora/pissa", {"structure.alpha": 32}).structure
+        ('dora', {'alpha': 32})
+    """
+    chosen = rf.parse_point(method)
+    for key, value in options.items():
+        axis, _, option = key.partition(".")
+        if axis not in AXES:
+            raise InvalidOption(f"{axis!r} in {key!r} is no axis; the axes are {', '.join(AXES)}")
+        part = getattr(chosen, axis)
+        if part is None:
+            raise InvalidOption(f"{key} needs a method on that axis: write {method}/NAME, or leave it out")
+        name, given = (part, {}) if isinstance(part, str) else part
+        changed: Any = {axis: (name, {**given, option: value})}
+        chosen = replace(chosen, **changed)
+    return chosen
+
+
+def plan_run(config: RunConfig) -> RunPlan:
+    """Find what `config` would adapt and what that costs; nothing is written and nothing trains."""
+    prepared = prepare(config)
+    config = prepared.config
+    plan = rf.plan(prepared.base.model, recipe(config.method, config.set), **_adapt_arguments(prepared))
+    longest = max(len(example["input_ids"]) for example in prepared.training)
+    memory = predict_memory(prepared.base.model, plan.trainable, config.batch_size * longest)
+    examples = len(prepared.training)
+    return RunPlan(plan, memory, examples, _steps(config, examples), str(config.task))
+
+
+def run(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    notify: Notify = lambda message: None,
+) -> RunResult:
+    """Adapt a model to data and leave the adapter, its settings and its result in `config.out`.
+
+    Args:
+        config: what to do.
+        resume: continue the run that `config.out` holds; it ends with the weights of one that never stopped.
+        overwrite: replace the run that `config.out` holds.
+        progress: show a progress bar on the standard error stream.
+        notify: is told in a sentence what happens.
+
+    Raises:
+        RankfoldError: when the settings, the data, the model or the folder do not allow it.
+
+    Example:
+        >>> run(RunConfig(model="gpt2", data="notes.txt", out="notes-lora"))  # doctest: +SKIP
+    """
+    if config.out is None:
+        raise InvalidOption("a run needs a folder for its adapter: name one with --out")
+    folder = RunFolder(Path(config.out))
+    point = recipe(config.method, config.set)
+    if _is_main_process():
+        folder.check(resume=resume, overwrite=overwrite)
+    arguments = _training_arguments(config, folder)
+    prepared = prepare(config)
+    config = prepared.config
+    notify(f"{config.task}: {len(prepared.training):,} examples from {config.data}")
+    if prepared.base.fresh:
+        notify(f"new, so trained whole: {', '.join(prepared.base.fresh)}")
+    model: nn.Module = prepared.base.model
+    model.to(arguments.device)
+    rf.adapt(model, point, **_adapt_arguments(prepared))
+    _train_in_float32(model)
+    with rf.disabled(model):
+        before = _score(model, prepared)
+    notify(f"before: {before} on {prepared.scored_on}")
+    if _is_main_process():
+        folder.start(config, overwrite=overwrite)
+    trainer = _trainer(model, arguments, prepared, progress)
+    seconds = _train(trainer, folder.last_checkpoint() if resume else None, notify)
+    counts = rf.summary(model)
+    result = RunResult(
+        config,
+        folder.path,
+        counts.trainable,
+        counts.total,
+        trainer.state.global_step,
+        seconds,
+        _peak_memory(arguments.device),
+        before,
+        _score(model, prepared),
+        prepared.scored_on,
+    )
+    if trainer.is_world_process_zero():
+        folder.finish(lambda path: rf.save(model, path), result.to_dict())
+    return result
+
+
+def _adapt_arguments(prepared: Prepared) -> dict[str, Any]:
+    """Return what `rf.adapt` and `rf.plan` are told beside model and method."""
+    config = prepared.config
+    return {
+        "rank": config.rank,
+        "targets": list(config.targets) if len(config.targets) > 1 else next(iter(config.targets), None),
+        "seed": config.seed,
+        "train": tuple(dict.fromkeys((*config.train, *_fresh(prepared)))),
+        "lr": config.lr,
+    }
+
+
+def _fresh(prepared: Prepared) -> list[str]:
+    """Return the modules that started at random; those of the task head train whole anyway."""
+    heads = task_heads(prepared.base.model)
+    return [path for path in prepared.base.fresh if path.split(".")[0] not in heads]
+
+
+def _train_in_float32(model: "nn.Module") -> None:
+    """Keep what trains whole in float32 beside a half-precision base: small steps would round away."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _training_arguments(config: RunConfig, folder: RunFolder) -> "TrainingArguments":
+    from transformers import TrainingArguments
+
+    gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not gpu:
+        raise InvalidOption("device is cuda and there is no GPU that torch can use; choose cpu")
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not gpu)
+    if config.dtype == "float16" and on_cpu:
+        raise InvalidOption("dtype float16 trains on a GPU only; choose bfloat16 or float32")
+    arguments = TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.lr,
+        num_train_epochs=config.epochs or DEFAULT_EPOCHS,
+        max_steps=config.steps or -1,
+        seed=config.seed,
+        bf16=config.dtype == "bfloat16",
+        fp16=config.dtype == "float16",
+        use_cpu=on_cpu,
+        save_steps=config.save_steps or 0.1,  # below 1: a share of the run
+        save_total_limit=2,
+        logging_steps=0.01,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are torchrun's, never DataParallel's copies
+    return arguments
+
+
+def _trainer(
+    model: "nn.Module", arguments: "TrainingArguments", prepared: Prepared, progress: bool
+) -> "Trainer":
+    from transformers import PrinterCallback, Trainer
+
+    from rankfold.training.progress import ProgressBar
+
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=prepared.training,
+        data_collator=prepared.collate,
+        callbacks=[ProgressBar()] if progress else [],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _train(trainer: "Trainer", checkpoint: Path | None, notify: Notify) -> float:
+    """Train from `checkpoint`, or from the start, and return the seconds."""
+    if checkpoint is not None:
+        notify(f"resuming from {checkpoint.name}")
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return time.perf_counter() - start
+
+
+def _score(model: "nn.Module", prepared: Prepared) -> Score:
+    config = prepared.config
+    autocast = None if config.dtype == "float32" else getattr(torch, config.dtype)
+    return evaluate(model, prepared.scored, prepared.collate, batch_size=config.batch_size, autocast=autocast)
+
+
+def _steps(config: RunConfig, examples: int) -> int:
+    """Return the optimizer steps of a run on one device."""
+    per_epoch = math.ceil(math.ceil(examples / config.batch_size) / config.accumulate)
+    return config.steps or math.ceil(per_epoch * (config.epochs or DEFAULT_EPOCHS))
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

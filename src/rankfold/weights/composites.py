@@ -1,0 +1,753 @@
+"""Composites: sums, products and row-wise normalisation of expressions, each choosing how it is evaluated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .gates import Gated
+from .kernels import low_rank_linear, modulated_linear, normalized_linear
+from .leaves import Base, Dense, Foreign
+from .materialise import materialised_linear
+from .op import LINEAR, Op
+from .structured import Diagonal
+from .weight import Leaf, Pair, Weight, inference, same_versions, versions
+
+
+def _cast(pair: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    return pair[0].to(x.dtype), pair[1].to(x.dtype)
+
+
+@dataclass
+class Split:
+    """A sum taken apart for evaluation.
+
+    Attributes:
+        base: a matrix (out, in), or None.
+        foreign: a base that only its own module can apply, or None.
+        trained: the low-rank terms that train, concatenated to one pair, or None.
+        frozen: those that do not, likewise.
+        others: every other term.
+    """
+
+    base: Tensor | None = None
+    foreign: Foreign | None = None
+    trained: tuple[Tensor, Tensor] | None = None
+    frozen: tuple[Tensor, Tensor] | None = None
+    others: list[Weight] = field(default_factory=list)
+
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """Return all low-rank terms as one pair."""
+        return _join([p for p in (self.trained, self.frozen) if p is not None])
+
+
+def _join(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    if len(pairs) < 2:
+        return pairs[0] if pairs else None
+    return torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs], 0)
+
+
+class Composite(Weight):
+    """An expression that may keep what it derives from its leaves while no gradients are wanted.
+
+    What is kept is dropped when a leaf changes its version or its memory, when a forward with gradients runs,
+    and whenever the model is switched between training and evaluation.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(shape)
+        self._kept: tuple[object, object] | None = None
+        self._tensors: list[Leaf] | None = None
+
+    def train(self, mode: bool = True) -> Composite:
+        """Switch between training and evaluation, dropping what was kept."""
+        self.forget()
+        super().train(mode)
+        return self
+
+    def forget(self) -> None:
+        """Drop everything derived from the leaves; needed after the expression itself is changed."""
+        self._kept = self._tensors = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_kept": None, "_tensors": None}
+
+    def derived(self) -> object:
+        """Compute what may be kept."""
+        raise NotImplementedError
+
+    def keep(self) -> object:
+        """Return `derived()`, from the last call where nothing has changed since."""
+        if not inference():
+            if self._kept is not None and not torch.compiler.is_compiling():
+                self._kept = None
+            return self.derived()
+        if self._tensors is None:
+            self._tensors = [leaf for leaf in self.leaves() if leaf.stored or isinstance(leaf, Base)]
+            self._tensors += [leaf for leaf in self.leaves() if hasattr(leaf, "pool")]
+        now = versions([leaf.pool() if hasattr(leaf, "pool") else leaf.tensor() for leaf in self._tensors])
+        if self._kept is None or not same_versions(self._kept[0], now):  # type: ignore[arg-type]
+            self._kept = (now, self.derived())
+        return self._kept[1]
+
+
+class Sum(Composite):
+    """The sum of expressions of one shape; nested sums are flattened, low-rank terms become one pair."""
+
+    atomic = False
+
+    def __init__(self, *terms: Weight) -> None:
+        flat = [t for term in terms for t in (term.terms if isinstance(term, Sum) else [term])]
+        if len({t.shape for t in flat}) > 1:
+            raise ValueError(f"cannot add {' and '.join(t.formula() for t in flat)}: the shapes differ")
+        super().__init__(flat[0].shape)
+        self.terms = nn.ModuleList(flat)
+
+    def parts(self) -> Iterator[Weight]:
+        """Yield the terms, those of a sum that stands in the base's place included."""
+        for term in self.terms:
+            inner = term.inner if isinstance(term, Base) else None
+            if isinstance(inner, Sum):
+                yield from inner.parts()
+            else:
+                yield term  # type: ignore[misc]
+
+    def derived(self) -> Split:
+        """Take the sum apart."""
+        split, trained, frozen = Split(), [], []
+        for term in self.parts():
+            if split.base is None and split.foreign is None and _is_plain(term):
+                if isinstance(term, Foreign):
+                    split.foreign = term
+                else:
+                    split.base = term.tensor()  # type: ignore[attr-defined]
+            elif not self._small(term) or (pair := term.factored()) is None:
+                split.others.append(term)
+            else:
+                (trained if pair[0].requires_grad or pair[1].requires_grad else frozen).append(pair)
+        split.trained, split.frozen = _join(trained), _join(frozen)
+        if split.trained is None:
+            split.trained, split.frozen = split.frozen, None
+        return split
+
+    def _small(self, term: Weight) -> bool:
+        """Whether a term's pair has fewer numbers than its matrix."""
+        rank = term.small_rank()
+        return rank is not None and rank * sum(self.shape) <= math.prod(self.shape)
+
+    def small_rank(self) -> int | None:
+        """Return the sum of the terms' ranks, where all have a small form."""
+        ranks = [term.small_rank() for term in self.parts()]
+        return None if any(r is None for r in ranks) else sum(ranks)  # type: ignore[arg-type]
+
+    def split(self) -> Split:
+        """Take the sum apart for evaluation; the one place where its order is chosen."""
+        return self.keep()  # type: ignore[return-value]
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        parts = list(self.parts())
+        total = parts[0].dense()
+        for part in parts[1:]:
+            dense = part.dense()
+            total = total + dense if dense.dtype == total.dtype else total.to(_wider(total, dense)) + dense
+        return total
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Apply base and low-rank terms in one fused product, then the other terms."""
+        split = self.split()
+        if op is LINEAR and self._denser(split, x):
+            return materialised_linear(self, x, bias)
+        y = self._main(split, x, bias, op)
+        for term in split.others:
+            y = y + term(x, op=op)
+        return y
+
+    map = forward
+
+    def _denser(self, split: Split, x: Tensor) -> bool:
+        """Whether forming the whole matrix costs fewer multiply-adds than applying every term."""
+        if split.base is None or not split.others or x.dtype not in (torch.float32, torch.float64):
+            return False
+        if any(not term_is_dense(term) for term in split.others):
+            return False
+        tokens, size = LINEAR.tokens(x), math.prod(self.shape)
+        forming = sum(term.dense_macs() for term in split.others) + size
+        applying = sum(min(term.macs(tokens), term.dense_macs() + tokens * size) for term in split.others)
+        if torch.is_grad_enabled():
+            return 3 * forming + tokens * size < 3 * applying
+        return forming < applying
+
+    def _main(self, split: Split, x: Tensor, bias: Tensor | None, op: Op) -> Tensor:
+        if split.base is None:
+            return self._without_base(split, x, bias, op)
+        if split.trained is None:
+            return op.apply(x, split.base.to(x.dtype), bias)
+        if op is LINEAR:
+            return low_rank_linear(x, split.base, bias, *split.trained, *(split.frozen or ()))
+        y = op.apply(x, split.base.to(x.dtype), bias)
+        return y + op.low_rank(x, *_cast(split.pair(), x))  # type: ignore[arg-type]
+
+    def _without_base(self, split: Split, x: Tensor, bias: Tensor | None, op: Op) -> Tensor:
+        pair = split.pair()
+        low = None if pair is None else op.low_rank(x, *_cast(pair, x))
+        if split.foreign is None:
+            return op.add(x.new_zeros(()) if low is None else low, bias)
+        y = split.foreign(x, bias, op)
+        return y if low is None else y + low.to(y.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the sum of the terms' rows."""
+        first, *rest = (term.rows(ids) for term in self.parts())
+        for row in rest:
+            first = first + row.to(first.dtype)
+        return first
+
+    def factored(self) -> tuple[Tensor, Tensor] | None:
+        """Return all terms as one pair, where every one has a small form."""
+        pairs = [term.factored() for term in self.parts()]
+        return None if any(p is None for p in pairs) else _join(pairs)  # type: ignore[arg-type]
+
+    def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
+        """Yield the pairs of every term."""
+        for term in self.terms:
+            yield from term.pairs(scale)  # type: ignore[operator]
+
+    def macs(self, tokens: int) -> int:
+        """Return the sum over the terms."""
+        return sum(term.macs(tokens) for term in self.parts())
+
+    def dense_macs(self) -> int:
+        """Return the sum over the terms."""
+        return sum(term.dense_macs() for term in self.parts())
+
+    @property
+    def T(self) -> Weight:
+        """The sum of the transposes."""
+        return Sum(*(term.T for term in self.parts()))
+
+    def formula(self) -> str:
+        """Return the terms joined by +."""
+        return " + ".join(term.formula() for term in self.terms).replace("+ -", "- ")  # type: ignore[operator]
+
+
+def _is_plain(term: Weight) -> bool:
+    return (isinstance(term, Base) and term.inner is None) or (
+        isinstance(term, Dense) and len(term.shape) == 2
+    )
+
+
+def _wider(first: Tensor, second: Tensor) -> torch.dtype:
+    return torch.promote_types(first.dtype, second.dtype)
+
+
+def term_is_dense(term: Weight) -> bool:
+    """Say whether an expression has a matrix that does not depend on the token."""
+    return not any(isinstance(m, Gated) or (isinstance(m, Dropped) and m.active) for m in term.modules())
+
+
+class Product(Composite):
+    """The matrix product of expressions, applied right to left, or through one small pair.
+
+    Factors are flattened. Between two trained leaves a diagonal gate may be inserted (`insert_gate`).
+    """
+
+    atomic = False
+
+    def __init__(self, *factors: Weight) -> None:
+        flat = [
+            f for factor in factors for f in (factor.factors if isinstance(factor, Product) else [factor])
+        ]
+        for left, right in zip(flat, flat[1:], strict=False):
+            if left.shape[1] != right.shape[0]:
+                raise ValueError(
+                    f"cannot multiply {left.formula()} by {right.formula()}: the shapes do not meet"
+                )
+        super().__init__((flat[0].shape[0], flat[-1].shape[1]))
+        self.factors = nn.ModuleList(flat)
+
+    def rank(self) -> int:
+        """The smallest inner dimension."""
+        return min(factor.shape[1] for factor in list(self.factors)[:-1])  # type: ignore[index]
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        first, *rest = (f.dense() for f in self.factors)  # type: ignore[operator]
+        for dense in rest:
+            dtype = _wider(first, dense)
+            first = first.to(dtype) @ dense.to(dtype)
+        return first
+
+    def factored(self) -> tuple[Tensor, Tensor] | None:
+        """Return (up, down) split where the inner dimension is smallest, unless a wide factor stands there.
+
+        Frozen wide factors around trained diagonals have no small form: a gradient of the whole factor would be
+        formed only to be reduced to its diagonal.
+        """
+        if self.small_rank() is None:
+            return None
+        factors: list[Weight] = list(self.factors)  # type: ignore[arg-type]
+        inner = [f.shape[1] for f in factors[:-1]]
+        cut = inner.index(min(inner)) + 1
+        return _chain(factors[:cut], from_left=False), _chain(factors[cut:], from_left=True)
+
+    def small_rank(self) -> int | None:
+        """Return the smallest inner dimension, unless a wide factor makes the small form a bad idea."""
+        factors: list[Weight] = list(self.factors)  # type: ignore[arg-type]
+        rank = self.rank()
+        if rank >= min(self.shape) and not all(isinstance(f, Leaf | Diagonal) for f in factors):
+            return None
+        based = any(isinstance(f, Base) for f in factors)
+        return None if based or self._wide_and_frozen(factors) else rank
+
+    def _wide_and_frozen(self, factors: list[Weight]) -> bool:
+        wide = [f for f in factors if not isinstance(f, Diagonal)]
+        gates = [f for f in factors if isinstance(f, Diagonal) and f.vector.trainable]
+        frozen = not any(leaf.trainable for f in wide for leaf in f.leaves())
+        return bool(gates) and frozen and self.rank() > 32
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Apply through the small pair where there is one, else factor by factor or as one matrix."""
+        pair = self.keep()
+        if pair is not None:
+            return op.add(op.low_rank(x, *_cast(pair, x)), bias)  # type: ignore[arg-type]
+        if op.groups > 1 or self._denser(op.tokens(x)):
+            return op.apply(x, self.dense().to(x.dtype), bias)
+        y = self.factors[-1](x, op=op)
+        for factor in reversed(list(self.factors)[:-1]):
+            y = op.channels(y, factor)
+        return op.add(y, bias)
+
+    map = forward
+
+    def derived(self) -> tuple[Tensor, Tensor] | None:
+        """Return the small pair."""
+        return self.factored()
+
+    def _denser(self, tokens: int) -> bool:
+        training = 3 if torch.is_grad_enabled() else 1
+        return training * self.dense_macs() + tokens * math.prod(self.shape) < self.macs(tokens)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows of the left factor, taken through the others."""
+        y = self.factors[0].rows(ids)  # type: ignore[operator]
+        for factor in list(self.factors)[1:]:
+            y = factor.T.map(y)  # type: ignore[operator]
+        return y  # type: ignore[no-any-return]
+
+    def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
+        """Yield the pair of a product `up @ down` or `up @ diag(gate) @ down` of trained leaves."""
+        ends = [self.factors[0], self.factors[-1]]
+        middle = list(self.factors)[1:-1]
+        if len(middle) > 1 or not all(isinstance(end, Dense) and end.trainable for end in ends):
+            return
+        if middle and not isinstance(middle[0], Diagonal):
+            return
+        gate = middle[0].vector if middle else None  # type: ignore[union-attr]
+        yield Pair(ends[0], ends[1], scale, gate, self)  # type: ignore[arg-type]
+
+    def insert_gate(self, gate: Leaf) -> None:
+        """Put diag(gate) between the two factors; gate has shape (r,)."""
+        self.factors = nn.ModuleList([self.factors[0], Diagonal(gate), self.factors[1]])
+        self.forget()
+
+    def macs(self, tokens: int) -> int:
+        """Return the sum over the factors."""
+        return sum(factor.macs(tokens) for factor in self.factors)  # type: ignore[operator,misc]
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of multiplying the factors out, left to right."""
+        rows, total = self.shape[0], 0
+        for factor in list(self.factors)[1:]:
+            total += factor.macs(rows)  # type: ignore[operator]
+        return total
+
+    @property
+    def T(self) -> Weight:
+        """The transposed factors in the opposite order."""
+        return Product(*(factor.T for factor in reversed(list(self.factors))))  # type: ignore[arg-type]
+
+    def formula(self) -> str:
+        """Return the factors joined by @."""
+        return " @ ".join(factor.bracketed() for factor in self.factors)  # type: ignore[operator]
+
+
+def _chain(factors: list[Weight], *, from_left: bool) -> Tensor:
+    """Multiply factors out, starting at the thin end."""
+    ordered = factors if from_left else list(reversed(factors))
+    result = ordered[0].dense()
+    for factor in ordered[1:]:
+        if isinstance(factor, Diagonal):
+            vector = factor.vector.tensor()
+            result = result * (vector if from_left else vector[:, None])
+        elif from_left:
+            result = result @ factor.dense()
+        else:
+            result = factor.dense() @ result
+    return result
+
+
+class Scaled(Weight):
+    """A constant, or a trained scalar leaf, times an expression."""
+
+    atomic = False
+
+    def __init__(self, scale: float | Leaf, inner: Weight) -> None:
+        super().__init__(inner.shape)
+        self.scale, self.inner = scale, inner
+
+    def factor(self) -> float | Tensor:
+        """Return the number."""
+        return self.scale.tensor() if isinstance(self.scale, Leaf) else self.scale
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        return self.factor() * self.inner.dense()
+
+    def factored(self) -> tuple[Tensor, Tensor] | None:
+        """Return the inner pair with the number on `up`."""
+        pair = self.inner.factored()
+        return None if pair is None else (pair[0] if self.scale == 1.0 else pair[0] * self.factor(), pair[1])
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Apply through the small form, else scale the output."""
+        pair = self.factored()
+        y = self.inner(x, op=op) * self.factor() if pair is None else op.low_rank(x, *_cast(pair, x))
+        return op.add(y.to(x.dtype), bias)
+
+    map = forward
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return scaled rows."""
+        return self.factor() * self.inner.rows(ids)
+
+    def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
+        """Yield the inner pairs with the constant multiplied in."""
+        if not isinstance(self.scale, Leaf):
+            yield from self.inner.pairs(scale * self.scale)
+
+    def small_rank(self) -> int | None:
+        """Return the inner rank."""
+        return self.inner.small_rank()
+
+    def macs(self, tokens: int) -> int:
+        """Return the inner count."""
+        return self.inner.macs(tokens)
+
+    def dense_macs(self) -> int:
+        """Return the inner count."""
+        return self.inner.dense_macs()
+
+    @property
+    def T(self) -> Weight:
+        """The scaled transpose."""
+        return Scaled(self.scale, self.inner.T)
+
+    def formula(self) -> str:
+        """Return the number before the expression."""
+        if isinstance(self.scale, Leaf):
+            return f"{self.scale.formula()} {self.inner.bracketed()}"
+        if isinstance(self.inner, Scaled) and not isinstance(self.inner.scale, Leaf):
+            return Scaled(self.scale * self.inner.scale, self.inner.inner).formula()
+        numbers = {1.0: "", -1.0: "-"}
+        return f"{numbers.get(self.scale, f'{self.scale:g} ')}{self.inner.bracketed()}"
+
+
+class Hadamard(Composite):
+    """The entrywise product of two expressions; of two small ones by the Khatri-Rao product of their factors.
+
+    (B1 A1) . (B2 A2) = (B1 * B2) (A1 * A2),  rank r1 r2, never formed as a matrix unless that is cheaper.
+    """
+
+    atomic = False
+
+    def __init__(self, left: Weight, right: Weight) -> None:
+        if left.shape != right.shape:
+            raise ValueError(
+                f"cannot multiply {left.formula()} by {right.formula()} entrywise: the shapes differ"
+            )
+        super().__init__(left.shape)
+        self.left, self.right = left, right
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        return self.left.dense() * self.right.dense()
+
+    def factored(self) -> tuple[Tensor, Tensor] | None:
+        """Return the Khatri-Rao pair."""
+        first, second = self.left.factored(), self.right.factored()
+        if first is None or second is None:
+            return None
+        up = (first[0][:, :, None] * second[0][:, None, :]).flatten(1)
+        return up, (first[1][:, None, :] * second[1][None, :, :]).flatten(0, 1)
+
+    def derived(self) -> tuple[Tensor, Tensor] | None:
+        """Return the small pair."""
+        return self.factored()
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Apply through the Khatri-Rao pair, or as a matrix where that costs less."""
+        if self._denser(op.tokens(x)):
+            return op.apply(x, self.dense().to(x.dtype), bias)
+        return op.add(op.low_rank(x, *_cast(self.keep(), x)), bias)  # type: ignore[arg-type]
+
+    map = forward
+
+    def small_rank(self) -> int | None:
+        """Return r1 r2, where both sides have a small form."""
+        left, right = self.left.small_rank(), self.right.small_rank()
+        return None if left is None or right is None else left * right
+
+    def _denser(self, tokens: int) -> bool:
+        rank = self.small_rank()
+        dense = self.dense_macs() + tokens * math.prod(self.shape)
+        return rank is None or dense < tokens * rank * sum(self.shape)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the product of the rows."""
+        return self.left.rows(ids) * self.right.rows(ids)
+
+    def macs(self, tokens: int) -> int:
+        """Return the multiply-adds at the cheaper of the two orders."""
+        dense, rank = self.dense_macs() + tokens * math.prod(self.shape), self.small_rank()
+        return dense if rank is None else min(dense, tokens * rank * sum(self.shape))
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of forming both matrices and their product."""
+        return self.left.dense_macs() + self.right.dense_macs() + math.prod(self.shape)
+
+    @property
+    def T(self) -> Weight:
+        """The entrywise product of the transposes."""
+        return Hadamard(self.left.T, self.right.T)
+
+    def formula(self) -> str:
+        """Return the factors joined by a dot."""
+        return f"{self.left.bracketed()} . {self.right.bracketed()}"
+
+
+class Modulated(Weight):
+    """`base . (1 + change)`: every entry of the base scaled by one plus the change."""
+
+    atomic = False
+
+    def __init__(self, base: Weight, change: Weight) -> None:
+        super().__init__(base.shape)
+        self.base, self.change = base, change
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        base, change = self.base.dense(), self.change.dense()
+        return (
+            torch.addcmul(base, base, change.to(base.dtype))
+            if base.dtype == change.dtype
+            else base * (1 + change)
+        )
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Form the modulated matrix, again in backward rather than keeping it."""
+        pair = self.change.factored()
+        if op is not LINEAR or pair is None or isinstance(self.base, Foreign):
+            return self._dense_forward(x, bias, op)
+        return modulated_linear(x, self.base.dense(), bias, *pair)
+
+    map = forward
+
+    def _dense_forward(self, x: Tensor, bias: Tensor | None, op: Op) -> Tensor:
+        change = (self.base.dense() * self.change.dense()).to(x.dtype)
+        return self.base(x, bias, op) + op.apply(x, change)  # type: ignore[no-any-return]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return modulated rows."""
+        base = self.base.rows(ids)
+        return base + base * self.change.rows(ids)
+
+    def macs(self, tokens: int) -> int:
+        """Return one product with the modulated matrix, and forming it."""
+        return tokens * math.prod(self.shape) + self.dense_macs()
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of forming the matrix."""
+        return self.change.dense_macs() + math.prod(self.shape)
+
+    @property
+    def T(self) -> Weight:
+        """The modulated transpose."""
+        return Modulated(self.base.T, self.change.T)
+
+    def formula(self) -> str:
+        """Return base . (1 + change)."""
+        return f"{self.base.bracketed()} . (1 + {self.change.formula()})"
+
+
+class Normalized(Composite):
+    """`diag(m / n) V`: every row of the direction V brought to a trained length m.
+
+    The norm n is expanded over the factors of V = W + B A, so that the product is never formed:
+    `n^2 = ||W||^2 + 2 <W, B A> + ||B A||^2`, row by row. It is a constant for autograd unless
+    `detach=False`. A row of V that is exactly zero stays zero.
+
+    Args:
+        direction: expression (out, in).
+        magnitude: leaf (out,).
+        detach: whether the norm is left out of the gradient.
+    """
+
+    def __init__(self, direction: Weight, magnitude: Leaf, *, detach: bool = True) -> None:
+        super().__init__(direction.shape)
+        self.direction, self.magnitude, self.detach = direction, magnitude, detach
+
+    def _split(self) -> Split:
+        direction = self.direction
+        if isinstance(direction, Sum):
+            return direction.derived()
+        return Split(others=[direction])
+
+    def norm(self) -> Tensor:
+        """Return the row norms of the direction, (out,), in float32 or better."""
+        split = self._split()
+        if split.base is None or split.others:
+            dense = self.direction.dense()
+            return torch.linalg.vector_norm(dense, dim=1, dtype=_at_least_float32(dense))
+        return row_norms(split.base, split.pair())
+
+    def ratio(self) -> Tensor:
+        """Return m / n, (out,); zero where the direction's row is zero."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
+            norm = self.norm()
+        magnitude = self.magnitude.tensor()
+        safe = torch.where(norm == 0, torch.ones_like(norm), norm)
+        return torch.where(norm == 0, torch.zeros_like(norm), magnitude.to(norm.dtype) / safe)
+
+    def derived(self) -> tuple[Split, Tensor]:
+        """Return the direction taken apart, and m / n."""
+        return self._split(), self.ratio()
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        return self.ratio()[:, None] * self.direction.dense()
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Apply the direction and scale every output channel."""
+        split, ratio = self.keep()  # type: ignore[misc]
+        if op is LINEAR and split.base is not None and split.trained is not None and not split.others:
+            pairs = (*split.trained, ratio, *(split.frozen or ()))
+            return normalized_linear(x, split.base, bias, *pairs)
+        return op.add(op.scale(self._unbiased(x, op), ratio.to(x.dtype)), bias)
+
+    map = forward
+
+    def _unbiased(self, x: Tensor, op: Op) -> Tensor:
+        y: Tensor = self.direction(x, op=op)
+        return y
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows of the direction at their lengths."""
+        return self.ratio()[ids][..., None] * self.direction.rows(ids)
+
+    def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
+        """Yield the pairs of the direction; gradients on them are those of the direction."""
+        yield from self.direction.pairs(scale)
+
+    def macs(self, tokens: int) -> int:
+        """Return the direction's multiply-adds, those of the norm and the scaling."""
+        return self.direction.macs(tokens) + self._norm_macs() + tokens * self.shape[0]
+
+    def _norm_macs(self) -> int:
+        split = self._split()
+        rank = 0 if split.pair() is None else split.pair()[0].shape[1]  # type: ignore[index]
+        return math.prod(self.shape) * (1 + rank)
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of forming the matrix."""
+        return self.direction.dense_macs() + self._norm_macs() + math.prod(self.shape)
+
+    def formula(self) -> str:
+        """Return normalize(direction) scaled by m."""
+        return f"{self.magnitude.formula()} normalize({self.direction.formula()})"
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def row_norms(base: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return the row norms of `base + up @ down` without forming the product.
+
+    Args:
+        base: (out, in), of any floating dtype; it is not copied to float32.
+        pair: up (out, r) and down (r, in), or None.
+    """
+    dtype = _at_least_float32(base)
+    square = torch.linalg.vector_norm(base, dim=1, dtype=dtype).square()
+    if pair is None:
+        return square.sqrt()
+    up, down = (t.to(dtype) for t in pair)
+    cross = (base @ down.T.to(base.dtype)).to(dtype)
+    return (square + (up * (2 * cross + up @ (down @ down.T))).sum(1)).clamp_min(0).sqrt()
+
+
+class Dropped(Weight):
+    """An expression whose own input passes through dropout while training; the rest of a sum sees it whole."""
+
+    def __init__(self, inner: Weight, probability: float) -> None:
+        super().__init__(inner.shape)
+        self.inner, self.probability = inner, probability
+
+    @property
+    def active(self) -> bool:
+        """Whether inputs are dropped now."""
+        return self.training and self.probability > 0
+
+    def dense(self) -> Tensor:
+        """Return the matrix without dropout, (out, in)."""
+        return self.inner.dense()
+
+    def factored(self) -> tuple[Tensor, Tensor] | None:
+        """Return the inner pair, unless inputs are dropped now."""
+        return None if self.active else self.inner.factored()
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Drop entries of the input, then apply."""
+        y: Tensor = self.inner(F.dropout(x, self.probability, self.training), bias, op)
+        return y
+
+    map = forward
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows; an index has no entries to drop."""
+        return self.inner.rows(ids)
+
+    def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
+        """Yield the inner pairs."""
+        yield from self.inner.pairs(scale)
+
+    def small_rank(self) -> int | None:
+        """Return the inner rank."""
+        return self.inner.small_rank()
+
+    def macs(self, tokens: int) -> int:
+        """Return the inner count."""
+        return self.inner.macs(tokens)
+
+    def dense_macs(self) -> int:
+        """Return the inner count."""
+        return self.inner.dense_macs()
+
+    @property
+    def T(self) -> Weight:
+        """The transposed expression, without dropout."""
+        return self.inner.T
+
+    def formula(self) -> str:
+        """Return the expression with its dropout."""
+        return (
+            f"dropout({self.inner.formula()}, {self.probability:g})"
+            if self.probability
+            else self.inner.formula()
+        )

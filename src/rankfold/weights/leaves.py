@@ -1,0 +1,279 @@
+"""Leaves: where the tensors of an expression come from."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .op import LINEAR, Op
+from .weight import Leaf, Weight
+
+
+class Dense(Leaf):
+    """A tensor that the expression owns, trained or frozen.
+
+    Args:
+        value: the tensor; a matrix (out, in) unless a structured leaf reads it.
+        name: the method's own name for it.
+        trainable: registered as a Parameter if true, as a buffer otherwise.
+    """
+
+    value: Tensor
+
+    def __init__(self, value: Tensor, name: str, *, trainable: bool) -> None:
+        super().__init__(name, tuple(value.shape))
+        if trainable:
+            self.value = nn.Parameter(value.detach().contiguous())
+        else:
+            self.register_buffer("value", value.detach().contiguous())
+
+    def source(self) -> Tensor:
+        """Return the tensor from where it lives."""
+        return self.value
+
+    def transfer(self) -> tuple[nn.Module, str]:
+        """Return the module and the attribute that hold the tensor, for saving and loading."""
+        return self, "value"
+
+
+def trained(value: Tensor, name: str = "trained") -> Dense:
+    """Return a trained leaf that owns `value`.
+
+    Example:
+        >>> import torch
+        >>> trained(torch.zeros(4, 2), "up")
+        up*[4x2]
+    """
+    return Dense(value, name, trainable=True)
+
+
+def frozen(value: Tensor, name: str = "frozen") -> Dense:
+    """Return a frozen leaf that owns `value`."""
+    return Dense(value, name, trainable=False)
+
+
+class Holder(Protocol):
+    """What a layer offers to the leaf that stands for its stored weight."""
+
+    def matrix(self) -> Tensor:
+        """Return the stored weight as a matrix (out, in)."""
+
+
+class Base(Leaf):
+    """The stored weight of an adapted layer, read in place and never owned.
+
+    The layer keeps its Parameter under its old name, so ties, checkpoints and `state_dict` names work by
+    themselves. The reference to the layer is not registered. Where several adapters are active at once, `inner`
+    is the expression of the adapter below this one.
+    """
+
+    def __init__(self, holder: Holder, shape: tuple[int, int]) -> None:
+        super().__init__("W0", shape)
+        self._holder = (holder,)
+        self._inner: tuple[Weight, ...] = ()
+
+    @property
+    def inner(self) -> Weight | None:
+        """The expression that stands in the base's place, if any."""
+        return self._inner[0] if self._inner else None
+
+    def stand_on(self, expression: Weight | None) -> None:
+        """Let an expression stand in the base's place; it is not registered here."""
+        self._inner = () if expression is None else (expression,)
+
+    stored = False  # belongs to the model, not to the adapter
+
+    def source(self) -> Tensor:
+        """Return the stored matrix itself."""
+        return self._holder[0].matrix()
+
+    def dense(self) -> Tensor:
+        """Return the matrix of whatever stands here."""
+        return self.tensor() if self.inner is None else self.inner.dense()
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Apply whatever stands here."""
+        if self.inner is not None:
+            result: Tensor = self.inner(x, bias, op)
+            return result
+        return op.apply(x, self.tensor().to(x.dtype), bias)
+
+    map = forward
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows of whatever stands here."""
+        return super().rows(ids) if self.inner is None else self.inner.rows(ids)
+
+    def macs(self, tokens: int) -> int:
+        """Return the multiply-adds of whatever stands here."""
+        return super().macs(tokens) if self.inner is None else self.inner.macs(tokens)
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of forming whatever stands here."""
+        return 0 if self.inner is None else self.inner.dense_macs()
+
+    def formula(self) -> str:
+        """Return `W0` and its shape, or the formula that stands in its place."""
+        return super().formula() if self.inner is None else self.inner.bracketed()
+
+
+class Foreign(Base):
+    """The stored weight of a layer that keeps it in a form of its own, such as a quantised linear.
+
+    The layer's own forward is called; its matrix is read off by applying it to the identity.
+    """
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Call the foreign module, which adds its own bias."""
+        if self.inner is not None:
+            result: Tensor = self.inner(x, bias, op)
+            return result
+        return self._holder[0].call(x)  # type: ignore[attr-defined,no-any-return]
+
+    map = forward
+
+
+class Pooled(Leaf):
+    """A tensor read out of one that the model shares between layers: a slice, or a gather times a coefficient.
+
+        value = pool[:rows, :columns]            or            value = pool[index] * coefficient
+
+    Args:
+        owner: the root model, which registers the pool as a parameter or a buffer.
+        key: attribute name of the pool on the owner.
+        name: the method's own name for it.
+        shape: shape of the tensor read out; a slice starts at zero in every dimension.
+        index: positions in a one-dimensional pool, of the given shape; None takes the leading slice.
+        coefficient: multiplies the gathered numbers, of the given shape; None means 1.
+    """
+
+    stored = False  # the pool is stored once, by its owner
+    index: Tensor | None
+    coefficient: Tensor | None
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        key: str,
+        name: str,
+        shape: tuple[int, ...],
+        index: Tensor | None = None,
+        coefficient: Tensor | None = None,
+    ) -> None:
+        super().__init__(name, shape)
+        self._owner, self.key = (owner,), key
+        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("coefficient", coefficient, persistent=False)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the pool is trained."""
+        return self.pool().requires_grad
+
+    def own(self, owner: nn.Module, key: str) -> None:
+        """Read the pool from another module from now on; the module is not registered here."""
+        self._owner, self.key = (owner,), key
+
+    def pool(self) -> Tensor:
+        """Return the shared tensor."""
+        shared: Tensor = getattr(self._owner[0], self.key)
+        return shared
+
+    def source(self) -> Tensor:
+        """Return the slice or the gather."""
+        if self.index is None:
+            return self.pool()[tuple(slice(n) for n in self.shape)]
+        gathered = self.pool()[self.index]
+        return gathered if self.coefficient is None else gathered * self.coefficient
+
+
+class Seeded(Leaf):
+    """A frozen tensor drawn from a seed, never stored: drawn on the CPU, so alike on every device.
+
+    Args:
+        name: the method's own name for it.
+        shape: shape of the tensor.
+        seed: of the generator.
+        std: standard deviation of the normal distribution.
+        dtype: of the tensor.
+    """
+
+    stored = False
+    value: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        seed: int,
+        std: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(name, shape)
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer(
+            "value", std * torch.randn(shape, generator=generator, dtype=dtype), persistent=False
+        )
+
+    def source(self) -> Tensor:
+        """Return the drawn tensor."""
+        return self.value
+
+
+class Mixture(Leaf):
+    """A tensor mixed from a bank by trained coefficients: `value = sum_j c_j bank_j`.
+
+    Args:
+        coefficients: leaf of shape (k,).
+        bank: leaf of shape (k, *shape).
+        name: the method's own name for the result.
+    """
+
+    stored = False
+
+    def __init__(self, coefficients: Leaf, bank: Leaf, name: str) -> None:
+        super().__init__(name, bank.shape[1:])
+        self.coefficients, self.bank = coefficients, bank
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the coefficients or the bank are trained."""
+        return self.coefficients.trainable or self.bank.trainable
+
+    def source(self) -> Tensor:
+        """Return the mixed tensor."""
+        return torch.tensordot(self.coefficients.tensor(), self.bank.tensor(), 1)
+
+
+class Masked(Leaf):
+    """A tensor of which only the entries under a fixed mask count: `value = leaf * mask`."""
+
+    stored = False
+    mask: Tensor
+
+    def __init__(self, inner: Leaf, mask: Tensor, name: str) -> None:
+        super().__init__(name, inner.shape)
+        self.inner = inner
+        self.register_buffer("mask", mask, persistent=False)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the masked tensor is trained."""
+        return self.inner.trainable
+
+    def source(self) -> Tensor:
+        """Return the masked tensor."""
+        return self.inner.tensor() * self.mask
+
+
+def owned(expression: Weight) -> dict[str, tuple[Any, str]]:
+    """Map every stored leaf name of an expression to the module and attribute that hold its tensor."""
+    found: dict[str, tuple[Any, str]] = {}
+    for leaf in expression.leaves():
+        if isinstance(leaf, Dense):
+            if leaf.name in found:
+                raise ValueError(f"two leaves are called {leaf.name!r} in {expression.formula()}")
+            found[leaf.name] = leaf.transfer()
+    return found

@@ -1,0 +1,461 @@
+"""Structured maps. Each takes leaves, not tensors, so that any source fits any structure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels import reflect
+from .op import LINEAR, Convolution, Op
+from .weight import Leaf, Weight
+
+
+class Diagonal(Weight):
+    """diag(d) for a vector leaf of shape (n,)."""
+
+    def __init__(self, vector: Leaf) -> None:
+        super().__init__((vector.shape[0], vector.shape[0]))
+        self.vector = vector
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (n, n)."""
+        return torch.diag(self.vector.tensor())
+
+    def map(self, x: Tensor) -> Tensor:
+        """Multiply channel by channel."""
+        return x * self.vector.tensor().to(x.dtype)
+
+    def macs(self, tokens: int) -> int:
+        """Return tokens * n."""
+        return tokens * self.shape[0]
+
+    @property
+    def T(self) -> Weight:
+        """The map itself."""
+        return self
+
+    def formula(self) -> str:
+        """Return diag(d) with its shape."""
+        return f"diag({self.vector.formula()})"
+
+
+class BlockDiagonal(Weight):
+    """blockdiag(D_1, ..., D_N), cropped to (out, in), for a leaf of shape (N, rows, columns)."""
+
+    def __init__(self, blocks: Leaf, shape: tuple[int, int] | None = None) -> None:
+        count, rows, columns = blocks.shape
+        super().__init__(shape or (count * rows, count * columns))
+        self.blocks = blocks
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        blocks = self.blocks.tensor()
+        count, rows, columns = blocks.shape
+        grid = blocks.new_zeros(count, rows, count, columns)
+        index = torch.arange(count, device=blocks.device)
+        grid = grid.index_put(
+            (index, torch.arange(rows, device=blocks.device)[:, None], index), blocks.transpose(0, 1)
+        )
+        return grid.reshape(count * rows, count * columns)[: self.shape[0], : self.shape[1]]
+
+    def map(self, x: Tensor) -> Tensor:
+        """Apply every block to its own channels."""
+        blocks = self.blocks.tensor().to(x.dtype)
+        count, _, columns = blocks.shape
+        x = F.pad(x, (0, count * columns - x.shape[-1])) if count * columns != x.shape[-1] else x
+        y = torch.einsum("...nc,nrc->...nr", x.unflatten(-1, (count, columns)), blocks)
+        return y.flatten(-2)[..., : self.shape[0]]
+
+    def macs(self, tokens: int) -> int:
+        """Return tokens * numbers in the blocks."""
+        return tokens * math.prod(self.blocks.shape)
+
+    def formula(self) -> str:
+        """Return blockdiag(D) with its shape."""
+        return f"blockdiag({self.blocks.formula()})"
+
+
+class Grid(Weight):
+    """k x k blocks of rank q: block (j, n) is `up[j, :, n q:(n+1) q] @ down[n, j q:(j+1) q, :]`.
+
+    Args:
+        up: leaf (k, out / k, k q).
+        down: leaf (k, k q, in / k).
+    """
+
+    def __init__(self, up: Leaf, down: Leaf) -> None:
+        count = up.shape[0]
+        super().__init__((count * up.shape[1], count * down.shape[2]))
+        self.up, self.down, self.grid = up, down, count
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        up = self.up.tensor().unflatten(2, (self.grid, -1))
+        down = self.down.tensor().unflatten(1, (self.grid, -1))
+        return torch.einsum("jonq,njqi->joni", up, down).reshape(self.shape)
+
+    def map(self, x: Tensor) -> Tensor:
+        """Apply all blocks in two batched products around an exchange of the two block axes."""
+        k, flat = self.grid, x.reshape(-1, x.shape[-1])
+        inner = torch.bmm(flat.unflatten(-1, (k, -1)).transpose(0, 1), self.down.tensor().to(x.dtype).mT)
+        inner = inner.unflatten(-1, (k, -1)).permute(2, 1, 0, 3).flatten(2)
+        y = torch.bmm(inner, self.up.tensor().to(x.dtype).mT)
+        return y.transpose(0, 1).reshape(*x.shape[:-1], self.shape[0])
+
+    def macs(self, tokens: int) -> int:
+        """Return tokens * k q * (out + in) / k, a plain product's at the same parameter count."""
+        return tokens * (math.prod(self.up.shape) + math.prod(self.down.shape))
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of forming every block."""
+        return math.prod(self.shape) * self.up.shape[2] // self.grid
+
+    def formula(self) -> str:
+        """Return grid(up, down) with shapes."""
+        return f"grid({self.up.formula()} @ {self.down.formula()})"
+
+
+class Sparse(Weight):
+    """A matrix with a fixed support: entry (rows[i], columns[i]) is values[i].
+
+    Args:
+        values: leaf (n,).
+        rows, columns: (n,) integer positions, no pair twice.
+        shape: (out, in).
+    """
+
+    rows_index: Tensor
+    columns_index: Tensor
+
+    def __init__(self, values: Leaf, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> None:
+        super().__init__(shape)
+        self.values = values
+        self.register_buffer("rows_index", rows, persistent=False)
+        self.register_buffer("columns_index", columns, persistent=False)
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        values = self.values.tensor()
+        return values.new_zeros(self.shape).index_put((self.rows_index, self.columns_index), values)
+
+    def map(self, x: Tensor) -> Tensor:
+        """Gather, multiply and add where the support is thin; through the matrix elsewhere."""
+        if self.values.shape[0] * 16 > math.prod(self.shape):
+            return super().map(x)
+        products = x[..., self.columns_index] * self.values.tensor().to(x.dtype)
+        return x.new_zeros(*x.shape[:-1], self.shape[0]).index_add(-1, self.rows_index, products)
+
+    def macs(self, tokens: int) -> int:
+        """Return tokens * entries of the support."""
+        return tokens * self.values.shape[0]
+
+    @property
+    def T(self) -> Weight:
+        """The transposed map on the same values."""
+        return Sparse(self.values, self.columns_index, self.rows_index, (self.shape[1], self.shape[0]))
+
+    def formula(self) -> str:
+        """Return sparse(values) with the shape."""
+        return f"sparse({self.values.formula()}, {self.shape[0]}x{self.shape[1]})"
+
+
+class Select(Weight):
+    """Rows of the identity: output i is input index[i]. Its transpose scatters.
+
+    Args:
+        index: (out,) integer positions.
+        size: number of inputs.
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor, size: int) -> None:
+        super().__init__((index.shape[0], size))
+        self.register_buffer("index", index, persistent=False)
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        return F.one_hot(self.index, self.shape[1]).to(torch.get_default_dtype())
+
+    def map(self, x: Tensor) -> Tensor:
+        """Take the selected channels."""
+        return x[..., self.index]
+
+    def macs(self, tokens: int) -> int:
+        """Return 0: nothing is multiplied."""
+        return 0
+
+    @property
+    def T(self) -> Weight:
+        """The map that adds every channel to the place it was taken from."""
+        return _Scatter(self)
+
+    def formula(self) -> str:
+        """Return select with the shape."""
+        return f"select[{self.shape[0]}x{self.shape[1]}]"
+
+
+class _Scatter(Weight):
+    def __init__(self, select: Select) -> None:
+        super().__init__((select.shape[1], select.shape[0]))
+        self.select = select
+
+    def dense(self) -> Tensor:
+        return self.select.dense().T
+
+    def map(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.shape[0]).index_add(-1, self.select.index, x)
+
+    def macs(self, tokens: int) -> int:
+        return 0
+
+    @property
+    def T(self) -> Weight:
+        return self.select
+
+    def formula(self) -> str:
+        return f"{self.select.formula()}^T"
+
+
+class Permutation(Select):
+    """A permutation: output i is input index[i]; its transpose is its inverse."""
+
+    def __init__(self, index: Tensor) -> None:
+        super().__init__(index, index.shape[0])
+
+    @property
+    def T(self) -> Weight:
+        """The inverse permutation."""
+        return Permutation(torch.argsort(self.index))
+
+    def formula(self) -> str:
+        """Return permute with the size."""
+        return f"permute[{self.shape[0]}]"
+
+
+class Reflections(Weight):
+    """A product of Householder reflections, H = (I - 2 v_1 v_1^T) ... (I - 2 v_r v_r^T), v_i = u_i / ||u_i||.
+
+    Held in the compact form H = I - V T V^T with T upper triangular, T^-1 = I/2 + strict_upper(V^T V).
+
+    Args:
+        vectors: leaf (n, r) whose columns are the u_i, none of them zero.
+    """
+
+    def __init__(self, vectors: Leaf) -> None:
+        super().__init__((vectors.shape[0], vectors.shape[0]))
+        self.vectors = vectors
+
+    def compact(self) -> tuple[Tensor, Tensor]:
+        """Return V (n, r) with unit columns and the upper triangular T (r, r), float32 or better."""
+        vectors = self.vectors.tensor()
+        vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+        unit = vectors / torch.linalg.vector_norm(vectors, dim=0)
+        identity = torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
+        inverse = torch.triu(unit.T @ unit, 1) + identity / 2
+        return unit, torch.linalg.solve_triangular(inverse, identity, upper=True)
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (n, n)."""
+        unit, core = self.compact()
+        return torch.eye(unit.shape[0], dtype=unit.dtype, device=unit.device) - unit @ core @ unit.T
+
+    def map(self, x: Tensor) -> Tensor:
+        """Apply I - V T V^T in two thin products."""
+        return reflect(x, *self.compact())
+
+    def macs(self, tokens: int) -> int:
+        """Return tokens * (2 n r + r^2)."""
+        size, rank = self.vectors.shape
+        return tokens * (2 * size * rank + rank * rank)
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of forming the matrix."""
+        return self.shape[0] ** 2 * self.vectors.shape[1]
+
+    @property
+    def T(self) -> Weight:
+        """The inverse: the same reflections in the opposite order."""
+        return _Inverse(self)
+
+    def formula(self) -> str:
+        """Return reflections(u) with shapes."""
+        return f"reflections({self.vectors.formula()})"
+
+
+class _Inverse(Weight):
+    def __init__(self, inner: Reflections) -> None:
+        super().__init__(inner.shape)
+        self.inner = inner
+
+    def dense(self) -> Tensor:
+        return self.inner.dense().T
+
+    def map(self, x: Tensor) -> Tensor:
+        unit, core = self.inner.compact()
+        return reflect(x, unit, core.T)
+
+    def macs(self, tokens: int) -> int:
+        return self.inner.macs(tokens)
+
+    @property
+    def T(self) -> Weight:
+        return self.inner
+
+    def formula(self) -> str:
+        return f"{self.inner.formula()}^T"
+
+
+class Kronecker(Weight):
+    """The Kronecker product of two maps, applied as `A X B^T` on the reshaped input, never formed."""
+
+    def __init__(self, left: Weight, right: Weight) -> None:
+        super().__init__((left.shape[0] * right.shape[0], left.shape[1] * right.shape[1]))
+        self.left, self.right = left, right
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        return torch.kron(self.left.dense(), self.right.dense())
+
+    def map(self, x: Tensor) -> Tensor:
+        """Apply the right map to the inner axis and the left map to the outer one."""
+        y = self.right(x.unflatten(-1, (self.left.shape[1], self.right.shape[1])))
+        return self.left(y.mT).mT.flatten(-2)  # type: ignore[no-any-return]
+
+    def macs(self, tokens: int) -> int:
+        """Return the multiply-adds of the two maps on their slices."""
+        return self.right.macs(tokens * self.left.shape[1]) + self.left.macs(tokens * self.right.shape[0])
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of forming the matrix."""
+        return math.prod(self.shape) + self.left.dense_macs() + self.right.dense_macs()
+
+    @property
+    def T(self) -> Weight:
+        """The Kronecker product of the transposes."""
+        return Kronecker(self.left.T, self.right.T)
+
+    def formula(self) -> str:
+        """Return kron(A, B) with shapes."""
+        return f"kron({self.left.formula()}, {self.right.formula()})"
+
+
+class Tucker(Weight):
+    """A Tucker tensor on a kernel's own dimensions, `G x_1 U_out x_2 U_in x_3 U_h ...`, as a matrix.
+
+    Args:
+        core: leaf (r_out, r_in, r_1, ..., r_d); d = 0 for a linear layer.
+        factors: leaves (out, r_out), (in, r_in) and one (size, rank) per window axis.
+    """
+
+    def __init__(self, core: Leaf, factors: Sequence[Leaf]) -> None:
+        columns = math.prod(f.shape[0] for f in factors[1:])
+        super().__init__((factors[0].shape[0], columns))
+        self.core, self.factors = core, torch.nn.ModuleList(factors)
+
+    def kernel(self) -> Tensor:
+        """Return the core with its window axes at full size: (r_out, r_in, *window)."""
+        kernel = self.core.tensor()
+        for factor in list(self.factors)[2:]:
+            kernel = torch.tensordot(kernel, factor.tensor(), ([2], [1]))  # type: ignore[operator]
+        return kernel
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Return the two channel factors, (out, r_out) and (in, r_in)."""
+        return self.factors[0].tensor(), self.factors[1].tensor()  # type: ignore[operator]
+
+    def factored(self) -> tuple[Tensor, Tensor]:
+        """Return `(up, down)` of rank r_out."""
+        up, inputs = self.ends()
+        down = torch.tensordot(self.kernel(), inputs, ([1], [1])).movedim(-1, 1)
+        return up, down.flatten(1)
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in * window)."""
+        up, down = self.factored()
+        return up @ down
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Convolve between the two channel mixes: 1x1, small kernel, 1x1."""
+        if not isinstance(op, Convolution) or op.groups > 1:
+            return op.add(op.low_rank(x, *(t.to(x.dtype) for t in self.factored())), bias)
+        up, inputs = (t.to(x.dtype) for t in self.ends())
+        y = op.apply(op.pointwise(x, inputs.T), self.kernel().to(x.dtype).flatten(1))
+        return op.add(op.pointwise(y, up), bias)
+
+    def map(self, x: Tensor) -> Tensor:
+        """Apply the factors to the last axis."""
+        return self.forward(x)
+
+    def small_rank(self) -> int:
+        """Return the rank of the small form."""
+        return self.core.shape[0]
+
+    def macs(self, tokens: int) -> int:
+        """Return tokens * (in r_in + r_in r_out window + r_out out) on channels."""
+        (out, r_out), (inputs, r_in) = self.factors[0].shape, self.factors[1].shape  # type: ignore[misc]
+        window = self.shape[1] // inputs
+        return tokens * (inputs * r_in + r_in * r_out * window + r_out * out)  # type: ignore[no-any-return]
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of forming the matrix."""
+        return math.prod(self.shape) * self.core.shape[0]
+
+    def formula(self) -> str:
+        """Return tucker(core; factors) with shapes."""
+        return f"tucker({self.core.formula()}; {', '.join(f.formula() for f in self.factors)})"  # type: ignore[operator]
+
+
+class TensorTrain(Weight):
+    """A tensor train over the digits of the output index, then of the input index.
+
+        W[(o_1..o_p), (i_1..i_q)] = C_1[:, o_1, :] ... C_p[:, o_p, :] C_{p+1}[:, i_1, :] ... C_{p+q}[:, i_q, :]
+
+    Args:
+        cores: leaves (r_{k-1}, n_k, r_k) with r_0 = r_{p+q} = 1.
+        outputs: p, the number of cores that carry the output index.
+    """
+
+    def __init__(self, cores: Sequence[Leaf], outputs: int) -> None:
+        sizes = [core.shape[1] for core in cores]
+        super().__init__((math.prod(sizes[:outputs]), math.prod(sizes[outputs:])))
+        self.cores, self.outputs = torch.nn.ModuleList(cores), outputs
+
+    def factored(self) -> tuple[Tensor, Tensor]:
+        """Return the two halves of the train, (out, r_p) and (r_p, in)."""
+        tensors = [core.tensor() for core in self.cores]  # type: ignore[operator]
+        left, right = tensors[0], tensors[-1]
+        for core in tensors[1 : self.outputs]:
+            left = torch.tensordot(left.flatten(0, 1), core, 1).flatten(0, 1)[None]
+        for core in reversed(tensors[self.outputs : -1]):
+            right = torch.tensordot(core, right.flatten(1), 1).flatten(1)[..., None]
+        return left.reshape(self.shape[0], -1), right.reshape(-1, self.shape[1])
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        up, down = self.factored()
+        return up @ down
+
+    def map(self, x: Tensor) -> Tensor:
+        """Apply the two halves."""
+        return LINEAR.low_rank(x, *(t.to(x.dtype) for t in self.factored()))
+
+    def small_rank(self) -> int:
+        """Return the rank of the small form."""
+        return int(self.cores[self.outputs].shape[0])  # type: ignore[index,operator,arg-type]
+
+    def macs(self, tokens: int) -> int:
+        """Return tokens * middle rank * (out + in)."""
+        return tokens * self.cores[self.outputs].shape[0] * sum(self.shape)  # type: ignore[index,operator,no-any-return]
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of forming the matrix from its halves."""
+        return math.prod(self.shape) * self.cores[self.outputs].shape[0]  # type: ignore[index,return-value,operator]
+
+    def formula(self) -> str:
+        """Return train(cores) with shapes."""
+        return f"train({', '.join(core.formula() for core in self.cores)})"  # type: ignore[operator]
