@@ -1,4 +1,4 @@
-"""One training run of MiniLM with one method, measured; and the same model put together again from its files."""
+"""One measured training run of MiniLM with one method, and the same model put together again from files."""
 
 from __future__ import annotations
 
@@ -151,18 +151,20 @@ class Reload:
         base: folder of the pretrained model.
         folder: an adapter that rankfold saved, or one that it exported for peft.
         reader: "rankfold", or "peft" to load it with that library.
-        classes: number of labels.
+        method: whose predictions it must give.
         examples: what to evaluate.
+        classes: number of labels.
     """
 
     base: Path
     folder: Path
     reader: str
-    classes: int
+    method: str
     examples: Encoded = field(repr=False)
+    classes: int
 
     def __str__(self) -> str:
-        return f"loading {self.folder} with {self.reader}"
+        return f"{self.folder.name} read by {self.reader}"
 
     @property
     def cost(self) -> float:
@@ -191,7 +193,7 @@ def evaluation_cost(examples: int) -> float:
 
 
 def use_one_thread() -> None:
-    """Compute on one core: the runs beside this one have the others, and processor time means what it says."""
+    """Compute on one core: the runs beside this one have the others, and processor time says what it took."""
     import torch
     from transformers.utils import logging
 

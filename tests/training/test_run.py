@@ -52,12 +52,19 @@ def causal(llama: str, notes: str, tmp_path: Path) -> RunConfig:
 
 @pytest.fixture
 def classify(bert: str, reviews: str, tmp_path: Path) -> RunConfig:
-    return RunConfig(bert, reviews, str(tmp_path / "out"), rank=2, lr=1e-2, steps=30, device="cpu")
+    return RunConfig(bert, reviews, str(tmp_path / "out"), rank=2, lr=1e-2, steps=60, device="cpu")
 
 
 def _weights(folder: str | None) -> dict[str, torch.Tensor]:
     assert folder is not None
     return load_file(Path(folder) / "rankfold.safetensors")
+
+
+def _losses(folder: str | None) -> list[float]:
+    """Return the training losses that a run of three steps recorded."""
+    assert folder is not None
+    state = json.loads((Path(folder) / "checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"]]
 
 
 def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -228,8 +235,10 @@ def test_nothing_is_written_when_the_method_cannot_be_applied(causal: RunConfig)
         assert not Path(causal.out).exists()
 
 
-def test_a_plan_counts_what_the_run_trains_and_writes_nothing(causal: RunConfig, classify: RunConfig) -> None:
-    for config in (causal, classify):
+def test_a_plan_counts_what_the_run_trains_and_writes_nothing(
+    causal: RunConfig, classify: RunConfig, tmp_path: Path
+) -> None:
+    for config in (causal, replace(classify, out=str(tmp_path / "second"))):
         plan = plan_run(replace(config, steps=2))
         assert config.out is not None
         assert not Path(config.out).exists()
@@ -242,6 +251,21 @@ def test_a_plan_counts_what_the_run_trains_and_writes_nothing(causal: RunConfig,
 def test_epochs_are_planned_as_they_are_run(causal: RunConfig) -> None:
     config = replace(causal, steps=None, epochs=1.5, batch_size=3, accumulate=2)
     assert plan_run(config).steps == run(config, progress=False).steps
+
+
+@pytest.mark.parametrize("task", ["causal", "classify"])
+def test_passes_that_share_a_step_give_the_loss_and_the_weights_of_one_large_batch(
+    task: str, llama: str, reviews: str, tmp_path: Path
+) -> None:
+    at_once = RunConfig(
+        llama, reviews, str(tmp_path / "1"), task=task, rank=2, steps=3, lr=1e-2, device="cpu"
+    )
+    shared = replace(at_once, out=str(tmp_path / "2"), batch_size=2, accumulate=4)
+    run(at_once, progress=False)
+    run(shared, progress=False)
+    first, second = _weights(at_once.out), _weights(shared.out)
+    assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in first)
+    assert _losses(shared.out) == pytest.approx(_losses(at_once.out), rel=1e-4)
 
 
 def test_half_precision_trains_in_float32_beside_a_half_precision_base(classify: RunConfig) -> None:

@@ -54,6 +54,7 @@ def save_llama(folder: Path) -> str:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
+        initializer_range=0.2,
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
     )
@@ -73,6 +74,7 @@ def save_bert(folder: Path) -> str:
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         max_position_embeddings=64,
+        initializer_range=0.2,
     )
     BertModel(config).save_pretrained(folder)
     return str(folder)

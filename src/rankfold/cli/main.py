@@ -3,12 +3,12 @@
 import logging
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
+import rankfold as rf
 from rankfold.cli.adapt import adapt
 from rankfold.cli.export import export
 from rankfold.cli.fold import fold
@@ -35,7 +35,7 @@ def start(
 ) -> None:
     """Low-rank learning: adapt a pretrained model, and turn the result into what others read."""
     if show_version:
-        typer.echo(version("rankfold"))
+        typer.echo(rf.__version__)
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -54,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), BAD_INPUT)
     except TyperException as error:
         return _fail(error.format_message(), BAD_INPUT)
-    except (KeyboardInterrupt, typer.Abort):
+    if code == INTERRUPTED:
+        typer.echo(err=True)  # leave the line of the progress bar
         return _fail("interrupted; `rankfold adapt` continues with --resume", INTERRUPTED)
-    return code if isinstance(code, int) else 0
+    return code or 0
 
 
 def _fail(message: str, code: int) -> int:

@@ -30,6 +30,7 @@ from ..layers import (
 )
 from ..layers.targets import attention_projection, candidates, matches
 from ..weights import Pooled, Weight
+from .checkpoints import Checkpoints
 from .recipe import Recipe, Resolved, resolve
 from .site import Planned, Site, derived_seed
 
@@ -231,6 +232,7 @@ def prepare(
     name: str = "default",
     seed: int = 0,
     train: Sequence[str] = (),
+    heads: bool = True,
     blank: bool = False,
     ranks: Mapping[str, int | None] | None = None,
 ) -> Prepared:
@@ -240,6 +242,7 @@ def prepare(
         model: the model.
         resolved: the recipe.
         rank, targets, name, seed, train: as for `adapt`.
+        heads: add a freshly initialised task head to `train`.
         blank: build shapes only, the values will be loaded.
         ranks: the rank of every path, where it is known already.
     """
@@ -248,7 +251,8 @@ def prepare(
     adaptation = existing or Adaptation(model)
     chosen = _targets(model, resolved, targets)
     lenders, borrowers = _follow_ties(model, chosen, resolved)
-    trained = [*find_modules(model, train), *(h for h in task_heads(model) if h not in train)]
+    trained = find_modules(model, train)
+    trained += [head for head in task_heads(model) if heads and head not in trained]
     _refuse_overlap(lenders, trained)
     layers = (
         {} if resolved.structure.traits["activations"] else {t.path: adaptation.layer_for(t) for t in lenders}
@@ -559,6 +563,7 @@ def install(model: nn.Module, prepared: Prepared) -> Adaptation:
     """Put a prepared adapter in place and make it the active one."""
     adaptation, adapter = prepared.adaptation, prepared.adapter
     attach(model, adaptation)
+    Checkpoints.take_over(model)
     for key, tensor in prepared.shared.items():
         _register(model, adapter.shared[key], tensor)
     for path, expression in prepared.expressions.items():

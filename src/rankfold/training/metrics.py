@@ -84,6 +84,22 @@ def evaluate(
     return Score(loss / count, right / count if classifier else None, count)
 
 
+def mean_loss(outputs: Any, labels: "Tensor", num_items_in_batch: "Tensor | int | None" = None) -> "Tensor":
+    """Return the cross-entropy per counted label, in the form that transformers' Trainer calls.
+
+    Several forward passes of one step are weighed by what they count. Models do this each in its own way, and
+    classifiers not at all: their gradients would grow with the number of passes.
+
+    Args:
+        outputs: has `.logits` of shape (batch, classes) or (batch, tokens, vocabulary).
+        labels: (batch,) or (batch, tokens).
+        num_items_in_batch: counted labels of all passes of the step; None counts those of this one.
+    """
+    logits, counted = _counted(outputs.logits, labels)
+    items = len(counted) if num_items_in_batch is None else num_items_in_batch
+    return F.cross_entropy(logits, counted, reduction="sum") / items
+
+
 def _counted(logits: "Tensor", labels: "Tensor") -> "tuple[Tensor, Tensor]":
     """Pair each counted label with the logits that predict it: (n, classes) in float32, and (n,)."""
     if labels.ndim == 2:

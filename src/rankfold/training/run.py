@@ -18,7 +18,7 @@ from rankfold.layers import task_heads
 from rankfold.training.config import DEFAULT_EPOCHS, RunConfig
 from rankfold.training.folder import RunFolder
 from rankfold.training.memory import predict_memory
-from rankfold.training.metrics import Score, evaluate
+from rankfold.training.metrics import Score, evaluate, mean_loss
 from rankfold.training.prepare import Prepared, prepare
 from rankfold.training.report import RunPlan, RunResult
 
@@ -199,6 +199,7 @@ def _trainer(
         args=arguments,
         train_dataset=prepared.training,
         data_collator=prepared.collate,
+        compute_loss_func=mean_loss,
         callbacks=[ProgressBar()] if progress else [],
     )
     trainer.remove_callback(PrinterCallback)

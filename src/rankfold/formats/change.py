@@ -1,0 +1,135 @@
+"""The change that an expression makes to its base, as exact low-rank factors where it has them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..weights import Base, Diagonal, Grid, Normalized, Product, Reflections, Scaled, Sum, Weight
+
+Pair = tuple[Tensor, Tensor]
+
+
+@torch.no_grad()
+def exact_change(expression: Weight) -> Pair | None:
+    """Return `(up, down)` with `expression = W0 + up @ down` exactly, or None where there is no small such pair.
+
+    Args:
+        expression: of an adapted weight.
+    """
+    if isinstance(expression, Product) and isinstance(expression.factors[0], Base):
+        return _reflected(expression)
+    if not isinstance(expression, Sum):
+        return None
+    terms = list(expression.parts())
+    if not isinstance(terms[0], Base) or terms[0].inner is not None:
+        return None
+    pairs = [_pair(term) for term in terms[1:]]
+    if any(pair is None for pair in pairs):
+        return None
+    ups, downs = zip(*pairs, strict=True)  # type: ignore[arg-type]
+    return torch.cat(ups, 1), torch.cat(downs, 0)
+
+
+def _pair(term: Weight) -> Pair | None:
+    if isinstance(term, Scaled):
+        inner = _pair(term.inner)
+        return None if inner is None else (inner[0] * term.factor(), inner[1])
+    if isinstance(term, Grid):
+        return _grid_pair(term)
+    if isinstance(term, Product) and term.rank() < min(term.shape):
+        return _product_pair(term)
+    pair = term.factored()
+    return pair if pair is not None and pair[0].shape[1] < min(term.shape) else None
+
+
+def _product_pair(product: Product) -> Pair:
+    """Multiply a product out from its ends to its narrowest place."""
+    factors = list(product.factors)
+    inner = [f.shape[1] for f in factors[:-1]]  # type: ignore[index]
+    cut = inner.index(min(inner)) + 1
+    return _chained(factors[:cut]), _chained(factors[cut:])  # type: ignore[arg-type]
+
+
+def _chained(factors: list[Weight]) -> Tensor:
+    result = factors[0].dense()
+    for factor in factors[1:]:
+        diagonal = isinstance(factor, Diagonal)
+        result = result * factor.vector.tensor() if diagonal else result @ factor.dense()  # type: ignore[attr-defined]
+    return result
+
+
+def _grid_pair(grid: Grid) -> Pair:
+    """Write k x k blocks of rank q as one pair of rank k^2 q."""
+    k = grid.grid
+    up = grid.up.tensor().unflatten(2, (k, -1))
+    down = grid.down.tensor().unflatten(1, (k, -1))
+    rank, eye = up.shape[-1], torch.eye(k, dtype=up.dtype, device=up.device)
+    wide = torch.einsum("jonq,jm->jomnq", up, eye)  # row block j, then rank index (output block m = j, n, q)
+    tall = torch.einsum("njqi,nm->jnqmi", down, eye)  # rank index (j, n, q), then column block m = n
+    return wide.reshape(grid.shape[0], k * k * rank), tall.reshape(k * k * rank, grid.shape[1])
+
+
+def _reflected(product: Product) -> Pair | None:
+    """W0 H - W0 = -(W0 V) T V^T."""
+    base, *rest = list(product.factors)
+    if len(rest) != 1 or not isinstance(rest[0], Reflections):
+        return None
+    unit, core = rest[0].compact()
+    return -(base.dense().to(unit.dtype) @ unit) @ core, unit.T  # type: ignore[operator]
+
+
+def direction_of(expression: Weight) -> tuple[Weight, Tensor] | None:
+    """Return direction and magnitude of a row-normalised sum, or None."""
+    if isinstance(expression, Normalized):
+        return expression.direction, expression.magnitude.tensor().detach()
+    return None
+
+
+@torch.no_grad()
+def dense_change(expression: Weight, base: Tensor) -> Tensor:
+    """Return `expression - W0` as a matrix in float32 or better."""
+    dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+    return expression.dense().to(dtype) - base.to(dtype)
+
+
+def truncated(pair: Pair, rank: int) -> tuple[Pair, Tensor]:
+    """Return the best pair of that rank, and all singular values, by QR of the factors and never their product.
+
+    Args:
+        pair: up (out, r) and down (r, in).
+        rank: at most r.
+    """
+    q_up, r_up = torch.linalg.qr(pair[0])
+    q_down, r_down = torch.linalg.qr(pair[1].T)
+    left, values, right = torch.linalg.svd(r_up @ r_down.T)
+    root = values[:rank].sqrt()
+    return (q_up @ left[:, :rank] * root, root[:, None] * (right[:rank] @ q_down.T)), values
+
+
+def approximated(matrix: Tensor, rank: int | None, max_error: float | None) -> tuple[Pair, float]:
+    """Return the best pair for a dense change, of a rank or within a relative error, and its error.
+
+    Args:
+        matrix: (out, in).
+        rank: of the pair; None takes the smallest within `max_error`.
+        max_error: largest relative Frobenius error; 0..1.
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    chosen = smallest_rank(values, max_error) if rank is None else min(rank, len(values))
+    root = values[:chosen].sqrt()
+    return (left[:, :chosen] * root, root[:, None] * right[:chosen]), tail_error(values, chosen)
+
+
+def tail_error(values: Tensor, rank: int) -> float:
+    """Return the relative Frobenius error of keeping so many singular values."""
+    total = float(torch.linalg.vector_norm(values))
+    return float(torch.linalg.vector_norm(values[rank:])) / total if total else 0.0
+
+
+def smallest_rank(values: Tensor, max_error: float | None) -> int:
+    """Return the smallest rank, at least 1, whose relative Frobenius error is within `max_error`."""
+    for rank in range(1, len(values) + 1):
+        if tail_error(values, rank) <= (max_error or 0.0):
+            return rank
+    return len(values)

@@ -1,0 +1,95 @@
+"""The checkpoints that training loops write of an adapted model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InvalidOption
+from ..formats import native
+from ..layers import Adaptation, adaptation_of, require
+from . import registry
+from .recipe import Recipe
+
+
+def describe(adaptation: Adaptation, name: str) -> dict[str, Any]:
+    """Return everything but the tensors that a file needs to rebuild an adapter."""
+    from .. import __version__
+
+    adapter = adaptation.adapter(name)
+    recipe = Recipe.from_dict(adapter.record["recipe"])
+    method = registry.get("structure", adapter.record["recipe"]["structure"][0])
+    layers = {path: adaptation.layers[path] for path in adapter.paths if path in adaptation.layers}
+    return {
+        **adapter.record,
+        "name": name,
+        "point": recipe.text(),
+        "method": {
+            k: v for k, v in method.to_dict().items() if k in ("name", "title", "year", "arxiv", "formula")
+        },
+        "base": native.base_of(adaptation.root, layers),
+        "versions": {"rankfold": __version__, "torch": torch.__version__.split("+")[0]},
+    }
+
+
+class Checkpoints:
+    """What `save_pretrained` and `load_state_dict` do on an adapted model.
+
+    A checkpoint of an adapted model is the adapter: it can be loaded with `rankfold.load`, trainers resume from it,
+    and it can never be taken for a whole model with weights missing.
+    """
+
+    tensors = "model.safetensors"  # the name that trainers look for
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = (model,)
+
+    @classmethod
+    def take_over(cls, model: nn.Module) -> None:
+        """Let the model's own saving and loading go through here until its last adapter is removed."""
+        if "save_pretrained" in model.__dict__ or not hasattr(model, "save_pretrained"):
+            return
+        checkpoints = cls(model)
+        model.__dict__["save_pretrained"] = checkpoints.save_pretrained
+        model.__dict__["load_state_dict"] = checkpoints.load_state_dict
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, is_main_process: bool = True, **ignored: Any
+    ) -> None:
+        """Write the active adapter into a folder, beside what is there.
+
+        Raises:
+            InvalidOption: several adapters are active, or `push_to_hub` is asked for.
+        """
+        adaptation = require(self._model[0])
+        if len(adaptation.active) != 1:
+            names = list(adaptation.active)
+            raise InvalidOption(
+                f"save_pretrained writes one active adapter and {names} are active; use rankfold.save(model, path, name), "
+                "or rankfold.fold(model) first for a whole checkpoint"
+            )
+        if ignored.get("push_to_hub"):
+            raise InvalidOption(
+                "save_pretrained of an adapted model does not upload; use rankfold.save(..., push_to_hub=...)"
+            )
+        if is_main_process:
+            folder, name = Path(save_directory), adaptation.active[0]
+            folder.mkdir(parents=True, exist_ok=True)
+            record = describe(adaptation, name)
+            native.write_into(folder, record, native.tensors_of(adaptation, name), self.tensors, None)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load an adapter's own tensors, or any other state as the model's class does."""
+        model = self._model[0]
+        if not state_dict or not all(":" in key for key in state_dict):
+            return type(model).load_state_dict(model, state_dict, strict=strict, assign=assign)
+        adaptation = adaptation_of(model)
+        assert adaptation is not None
+        native.fill(adaptation, adaptation.adapter().name, state_dict)
+        return nn.modules.module._IncompatibleKeys([], [])
