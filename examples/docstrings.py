@@ -34,7 +34,7 @@ SUBPACKAGES = (
 """The classes, in the order of their labels."""
 
 MASK = "[MASK]"
-SPLIT_SIZES = {"test": 100, "validation": 40, "train": 180}
+SPLIT_SIZES = {"test": 100, "validation": 30, "train": 180}
 """Examples of each class in each split; splits are filled in this order."""
 
 LARGEST_SHARE = {"test": 10, "validation": 10, "train": 30}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
@@ -45,6 +46,7 @@ def in_fresh_processes(
     context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
     if forked:
         context.set_forkserver_preload(list(preload))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # where the server looks for them
     waiting = list(enumerate(pieces))[::-1]
     running: dict[Any, tuple[int, Any]] = {}
     try:

@@ -22,9 +22,6 @@ HEAD_RATE = 5e-3
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises; then it falls to zero in a line."""
 
-PRELOAD = ("torch", "rankfold", "transformers.models.bert.modeling_bert")
-"""What every run imports."""
-
 
 @dataclass(frozen=True)
 class Method:
@@ -198,7 +195,6 @@ def use_one_thread() -> None:
     from transformers.utils import logging
 
     torch.set_num_threads(1)
-    logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
@@ -238,10 +234,16 @@ def parameter_groups(model: nn.Module, run: Run) -> list[dict[str, Any]]:
 def train(model: nn.Module, groups: list[dict[str, Any]], run: Run, notify: Notify) -> list[float]:
     """Train in place; return the loss of each step."""
     import torch
-    from transformers import get_linear_schedule_with_warmup
 
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(WARM_UP * run.steps), run.steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        [group["lr"] for group in groups],
+        total_steps=run.steps,
+        pct_start=WARM_UP,
+        anneal_strategy="linear",
+        cycle_momentum=False,
+    )
     torch.manual_seed(run.seed)
     model.train()
     losses = []

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -218,7 +219,7 @@ def test_an_adapter_is_exported_and_bad_ones_are_one_sentence(
     capsys.readouterr()
     peft = tmp_path / "peft"
     assert main(["export", str(out), "--format", "peft", "--out", str(peft), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["weights"][0]["exact"] is True
+    assert json.loads(capsys.readouterr().out)["rows"][0]["exact"] is True
     assert (peft / "adapter_config.json").exists()
     command = ["export", str(out), "--out"]
     assert "is not empty" in _refused([*command, str(peft)], capsys)
@@ -234,6 +235,14 @@ def test_an_adapter_is_exported_and_bad_ones_are_one_sentence(
     capsys.readouterr()
     _refused([*command, str(tmp_path / "x")], capsys)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_library_that_is_not_installed_is_named(
+    llama: str, notes: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    line = _refused(["adapt", llama, "--data", notes, "--out", str(tmp_path / "out"), *FLAGS], capsys)
+    assert "this needs datasets: pip install 'rankfold[cli,transformers]'" in line
 
 
 def test_an_interruption_is_one_sentence_and_exit_code_130(

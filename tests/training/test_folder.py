@@ -5,7 +5,7 @@ import pytest
 
 from rankfold.errors import InvalidOption, OutputExists
 from rankfold.training.config import RunConfig, read_config
-from rankfold.training.folder import RunFolder, appearing
+from rankfold.training.folder import RunFolder
 
 CONFIG = RunConfig(model="m", data="d", rank=8)
 
@@ -72,19 +72,26 @@ def test_the_last_checkpoint_is_the_newest_that_is_whole(tmp_path: Path) -> None
     assert folder.last_checkpoint() == whole
 
 
-def test_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
-    def write(fails: bool) -> None:
-        with appearing(tmp_path / "out", overwrite=False) as staging:
-            (staging / "weights").write_text("1")
-            if fails:
-                raise KeyboardInterrupt
-            (staging / "a.json").write_text("{}")
+def test_an_adapter_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.start(CONFIG, overwrite=False)
+    before = sorted(tmp_path.iterdir())
+
+    def save(path: Path) -> None:
+        path.mkdir()
+        (path / "rankfold.safetensors").write_text("1")
+        (path / "rankfold.json").write_text("{}")
+
+    def interrupted(path: Path) -> None:
+        save(path)
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(fails=True)
-    assert list(tmp_path.iterdir()) == []
-    write(fails=False)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.json", "weights"]
-    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
-    with pytest.raises(OutputExists, match="not empty"):
-        write(fails=False)
+        folder.finish(interrupted, {})
+    assert sorted(tmp_path.iterdir()) == before
+    folder.finish(save, {"steps": 1})
+    assert {path.name for path in tmp_path.iterdir()} - {path.name for path in before} == {
+        "rankfold.safetensors",
+        "rankfold.json",
+        "result.json",
+    }

@@ -31,6 +31,8 @@ from rankfold.errors import (
 )
 from rankfold.training.adapter import export_adapter, fold_adapter, load_adapted
 from rankfold.training.config import RunConfig, read_config
+from rankfold.training.metrics import evaluate
+from rankfold.training.prepare import prepare
 from rankfold.training.run import plan_run, recipe, run
 
 
@@ -299,7 +301,8 @@ def test_an_adapter_loads_with_its_runs_task_and_classes(classify: RunConfig) ->
     name, base = load_adapted(str(result.out))
     assert name == classify.model
     assert base.model.config.id2label == {0: "bad", 1: "good"}
-    assert _logits(base.model, base.tokenizer).argmax(-1)[0] == 1
+    prepared = prepare(classify)
+    assert evaluate(base.model, prepared.scored, prepared.collate, batch_size=8) == result.after
 
 
 def test_a_folded_adapter_is_a_stock_checkpoint_with_the_same_output(

@@ -19,6 +19,9 @@ def export(
         float | None, typer.Option(help="Largest relative error allowed per weight.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")] = False,
+    drop_whole: Annotated[
+        bool, typer.Option("--drop-whole", help="Leave out modules trained whole (portable).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Write ADAPTER as peft, as the plain LoRA every server reads, or as dense weights.
@@ -28,9 +31,16 @@ def export(
     from rankfold.training.adapter import export_adapter
 
     report = export_adapter(
-        adapter, out, format=format, model=model, rank=rank, max_error=max_error, overwrite=overwrite
+        adapter,
+        out,
+        format=format,
+        model=model,
+        rank=rank,
+        max_error=max_error,
+        overwrite=overwrite,
+        drop_whole=drop_whole,
     )
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "format": format, "weights": report.rows}, indent=2))
+        typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
-        typer.echo(f"{report}\nwritten to {out}")
+        typer.echo(str(report))

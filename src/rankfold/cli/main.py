@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(given, prog_name="rankfold", standalone_mode=False)
     except (RankfoldError, OSError) as error:
         return _fail(str(error), BAD_INPUT)
+    except ModuleNotFoundError as error:
+        return _fail(f"this needs {error.name}: pip install 'rankfold[cli,transformers]'", BAD_INPUT)
     except TyperException as error:
         return _fail(error.format_message(), BAD_INPUT)
     if code == INTERRUPTED:

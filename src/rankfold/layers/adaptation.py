@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Incompatible, NotAdapted, NotDense, UnsupportedLayer, near_names
-from ..weights import Foreign, Weight, owned
+from ..weights import Weight, owned
 from .carrier import Carrier
-from .layer import StructuredAttention, StructuredForeign, StructuredLayer, kind_of
+from .foreign import check_known
+from .layer import StructuredAttention, StructuredForeign, StructuredLayer, kind_of, why_refused
 from .targets import Target
+from .watch import FirstForward
 
 STAGES = ("transform", "modulate", "add", "normalise", "activation")
-_HANDLE = "_rankfold"
+_HANDLE, _RESIZE = "_rankfold", "resize_token_embeddings"
 
 
 class Branch(nn.Module):
@@ -28,6 +31,10 @@ class Branch(nn.Module):
     def edit(self, hidden: Tensor) -> Tensor:
         """Return the edited activation, of the same shape (batch, token, channels)."""
         raise NotImplementedError
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the input: the branch is registered in the module that it edits, and an `nn.Sequential` calls it."""
+        return hidden
 
     def owned(self) -> dict[str, tuple[Any, str]]:
         """Map every stored leaf name to the module and attribute that hold it."""
@@ -43,6 +50,11 @@ class Branch(nn.Module):
             return output
         if isinstance(output, tuple):
             return (self.edit(output[0]), *output[1:])
+        if not isinstance(output, Tensor):
+            raise UnsupportedLayer(
+                f"the output of {type(module).__name__} is {type(output).__name__}; only a tensor, or a tuple that "
+                "starts with one, can be edited"
+            )
         return self.edit(output)
 
 
@@ -59,6 +71,7 @@ class Adapter:
         values: tensors of the modules trained whole, as this adapter left them, by parameter name.
         branches: the modules that edit activations, by path, with the handles of their hooks.
         gate_keys: the gates that it needs.
+        watch: waits for the first forward, to see whether every layer is called.
     """
 
     name: str
@@ -69,6 +82,7 @@ class Adapter:
     values: dict[str, Tensor] = field(default_factory=dict)
     branches: dict[str, tuple[Branch, Any]] = field(default_factory=dict)
     gate_keys: set[str] = field(default_factory=set)
+    watch: FirstForward | None = None
 
 
 class Adaptation:
@@ -82,6 +96,7 @@ class Adaptation:
         self.flags = {name: p.requires_grad for name, p in root.named_parameters(remove_duplicate=False)}
         self.base_values: dict[str, Tensor] = {}
         self.carrier = Carrier(root)
+        self.inference_path = InferencePath()
 
     @property
     def root(self) -> nn.Module:
@@ -196,7 +211,8 @@ class Adaptation:
         for name in self.active:
             values.update(self.adapters[name].values)
         for key, value in values.items():
-            self._tensor(key).data = value
+            tensor = self._tensor(key)
+            tensor.data = value.to(tensor.device, tensor.dtype)  # the model may have been moved since
 
     def _set_flags(self) -> None:
         for parameter in self.root.parameters():
@@ -224,7 +240,7 @@ class Adaptation:
         else:
             kind = kind_of(module)
             if kind is None:
-                raise UnsupportedLayer(f"{target.path}: {type(module).__name__} cannot hold an expression")
+                raise UnsupportedLayer(f"{target.path}: {type(module).__name__} {why_refused(module)}")
             layer = kind(module)
         return layer
 
@@ -244,9 +260,9 @@ class Adaptation:
         if target.part:
             path = target.path.rpartition(".")[0]
             module = self._attention(target, target.module)
-            _keep_off_inference_path(module.original)
         if self.root.get_submodule(path) is not module:
             _set_module(self.root, path, module)
+        self.inference_path.avoid(self.root, path)
 
     def add(self, adapter: Adapter, trained: Iterable[str]) -> None:
         """Take in a new adapter whose layers are in place, and make it the active one."""
@@ -256,13 +272,15 @@ class Adaptation:
             tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
             for name, tensor in tensors.items():
                 key = f"{path}.{name}" if path else name
-                self.base_values.setdefault(key, tensor.detach().clone())
+                self.base_values.setdefault(key, tensor.data)
                 adapter.values[key] = self.base_values[key].clone()
         self.use([adapter.name])
 
     def remove(self, name: str) -> None:
         """Take an adapter away; with the last one the model is bit for bit what it was before."""
         adapter = self.adapter(name)
+        if adapter.watch is not None:
+            adapter.watch.end()
         self.use([n for n in self.active if n != name])
         for path in adapter.paths:
             layer = self.layers.get(path)
@@ -285,29 +303,76 @@ class Adaptation:
         self.carrier.discard(set(self.carrier.rules))
         for path, module in list(self.root.named_modules(remove_duplicate=False)):
             if isinstance(module, StructuredLayer) and path:
-                if isinstance(module, StructuredAttention):
-                    _forget_hooks(module.original)
                 if _get_module(self.root, path) is module:
                     _set_module(self.root, path, module.original)
         for name, parameter in self.root.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(self.flags.get(name, True))
-        for attribute in (_HANDLE, "save_pretrained", "load_state_dict", "push_to_hub"):
+        self.inference_path.restore()
+        for attribute in (_HANDLE, "save_pretrained", "load_state_dict", "push_to_hub", _RESIZE):
             self.root.__dict__.pop(attribute, None)
 
 
+    # What a model of transformers does with its own embeddings --------------------------------------------
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Resize the embeddings as the model's class does, where no adapter holds them.
+
+        Raises:
+            Incompatible: an adapter holds the embedding or the output head.
+        """
+        held = sorted(path for path in self._embeddings() if self._holds(path))
+        if held and (new_num_tokens is not None or args or kwargs):
+            raise Incompatible(
+                f"{held[0]} is adapted or trained whole, and its rows cannot be resized under the adapter; resize "
+                "before adapting, or fold first"
+            )
+        resize: Any = type(self.root).resize_token_embeddings
+        return resize(self.root, new_num_tokens, *args, **kwargs)
+
+    def _embeddings(self) -> list[str]:
+        root: Any = self.root
+        ends = [end for end in (root.get_input_embeddings(), root.get_output_embeddings()) if end is not None]
+        named = root.named_modules(remove_duplicate=False)
+        return [path for path, module in named if any(module is end for end in ends)]
+
+    def _holds(self, path: str) -> bool:
+        structured = isinstance(self.root.get_submodule(path), StructuredLayer)
+        return structured or any(key.startswith(f"{path}.") for key in self.base_values)
+
+
+class InferencePath:
+    """Keeps `nn.TransformerEncoder` from its inference path, which reads weights without calling their layers."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._encoders: list[tuple[nn.Module, bool]] = []
+        self._seen: set[str] = set()
+
+    def avoid(self, root: nn.Module, path: str) -> None:
+        """Let every encoder around a path call its parts in inference too."""
+        parts = path.split(".")
+        for above in (".".join(parts[:i]) for i in range(len(parts))):
+            module = root.get_submodule(above)
+            if above in self._seen or not isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+                continue
+            self._seen.add(above)
+            if isinstance(module, nn.TransformerEncoder):
+                self._encoders.append((module, module.use_nested_tensor))
+                module.use_nested_tensor = False
+            else:
+                self._handles.append(module.register_forward_pre_hook(_no_change))
+
+    def restore(self) -> None:
+        """Allow the inference path again."""
+        for handle in self._handles:
+            handle.remove()
+        for module, nested in self._encoders:
+            module.use_nested_tensor = nested  # type: ignore[assignment]
+        self.__init__()  # type: ignore[misc]
+
+
 def _no_change(module: nn.Module, args: Any) -> None:
-    """Leave the inputs alone."""
-
-
-def _keep_off_inference_path(module: nn.Module) -> None:
-    """Hang a hook on an attention module: `nn.TransformerEncoderLayer` then calls its parts in inference too."""
-    if _no_change not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(_no_change)
-
-
-def _forget_hooks(module: nn.Module) -> None:
-    for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _no_change]:
-        del module._forward_pre_hooks[key]
+    """Leave the inputs alone; a module with hooks stays off its inference path."""
 
 
 def _get_module(root: nn.Module, path: str) -> nn.Module | None:
@@ -344,6 +409,8 @@ def require(model: nn.Module) -> Adaptation:
 def attach(model: nn.Module, adaptation: Adaptation) -> None:
     """Let a model remember its adapters; nothing is registered on it."""
     model.__dict__[_HANDLE] = adaptation
+    if hasattr(model, _RESIZE):
+        model.__dict__[_RESIZE] = adaptation.resize_token_embeddings
 
 
 def use(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
@@ -409,7 +476,7 @@ def remove(model: nn.Module, name: str | None = None) -> nn.Module:
 
 @dataclass(frozen=True)
 class FoldError:
-    """How far a folded weight is from its expression.
+    """How far a weight that was folded and quantised again is from its expression.
 
     Attributes:
         weight: path of the module.
@@ -419,17 +486,28 @@ class FoldError:
     weight: str
     relative: float
 
+    def __str__(self) -> str:
+        """Return a line of a report."""
+        return f"{self.weight}: relative error {self.relative:.3g}"
+
+
+class Requantised(UserWarning):
+    """Folded weights were quantised again, which rounds them; the text lists the error of each."""
+
 
 @torch.no_grad()
-def fold(model: nn.Module, *, requantise: bool = False) -> nn.Module:
+def fold(
+    model: nn.Module, *, requantise: bool = False, report: Callable[[FoldError], object] | None = None
+) -> nn.Module:
     """Multiply the active adapters into plain layers: the model is a stock model again.
 
     Modules trained whole keep their trained values. Inactive adapters are dropped.
 
     Args:
         model: an adapted model; changed in place and returned.
-        requantise: quantise the folded weight of a quantised layer again; the error of every such weight is
-            then in `model.rankfold_fold_errors`.
+        requantise: quantise the folded weight of a quantised layer again.
+        report: called with the error of every weight that was quantised again, such as `print` or the `append` of
+            a list; None gives one warning that lists them.
 
     Returns:
         The model.
@@ -437,47 +515,60 @@ def fold(model: nn.Module, *, requantise: bool = False) -> nn.Module:
     Raises:
         NotAdapted: the model holds no adapter.
         NotDense: an active adapter acts on activations.
-        UnsupportedLayer: a quantised layer is adapted and `requantise` is false.
+        UnsupportedLayer: a quantised layer is adapted and `requantise` is false, or its form is not known.
+
+    Example:
+        >>> import torch, rankfold as rf
+        >>> model = rf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), "lora", rank=2)
+        >>> rf.fold(model)
+        Sequential(
+          (0): Linear(in_features=8, out_features=4, bias=True)
+        )
     """
     adaptation = require(model)
     layers = {path: layer for path, layer in adaptation.layers.items() if layer._active}
-    _refuse_fold(adaptation, layers, requantise)
-    errors = []
+    for name in adaptation.active:
+        _refuse_activations(adaptation.adapters[name])
+    for path, layer in layers.items():
+        _refuse_fold(path, layer, requantise)
     dense = {path: layer._active[0].dense() for path, layer in layers.items()}
-    for path, matrix in dense.items():
-        layer = layers[path]
-        old = layer._parameters.get("weight")
-        layer.store(matrix)
-        if isinstance(layer, StructuredForeign):
-            difference = torch.linalg.vector_norm((layer.matrix() - matrix).float())
-            errors.append(FoldError(path, float(difference / torch.linalg.vector_norm(matrix.float()))))
-        _retie(model, old, layer)
+    errors = [error for path, matrix in dense.items() for error in _put(model, path, layers[path], matrix)]
     for name in adaptation.active:
         adaptation.base_values.update({k: v.clone() for k, v in adaptation.whole(name).items()})
     for name in list(adaptation.adapters):
         adaptation.remove(name)
-    if errors:
-        model.__dict__["rankfold_fold_errors"] = errors
+    if errors and report is None:
+        warnings.warn("\n".join(map(str, errors)), Requantised, stacklevel=3)  # above it, that of no_grad
+    for error in errors if report is not None else ():
+        report(error)  # type: ignore[misc]
     return model
 
 
-def _retie(model: nn.Module, old: Any, layer: StructuredLayer) -> None:
-    """Give every other module that held the old tensor the new one."""
+def _put(model: nn.Module, path: str, layer: StructuredLayer, matrix: Tensor) -> Iterator[FoldError]:
+    """Store a matrix in a layer and in everything that shares its stored tensor."""
+    old = layer.stored()
+    layer.store(matrix)
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is old and parameter is not None:
-                module._parameters[name] = layer._parameters["weight"]
+            if parameter is old:
+                module._parameters[name] = layer.stored()  # type: ignore[assignment]
+    if isinstance(layer, StructuredForeign):
+        difference = torch.linalg.vector_norm((layer.matrix() - matrix).float())
+        yield FoldError(path, float(difference / torch.linalg.vector_norm(matrix.float())))
 
 
-def _refuse_fold(adaptation: Adaptation, layers: dict[str, StructuredLayer], requantise: bool) -> None:
-    for name in adaptation.active:
-        if adaptation.adapters[name].branches:
-            method = adaptation.adapters[name].record.get("recipe", {}).get("structure", name)
-            raise NotDense(f"{method} acts on activations and has no dense matrix: it cannot be folded")
-    for path, layer in layers.items():
-        foreign = any(isinstance(m, Foreign) for m in layer._active[0].modules())
-        if foreign and not requantise:
-            raise UnsupportedLayer(
-                f"{path} holds its weight in a quantised form; fold(model, requantise=True) quantises the folded "
-                "weight again and reports the error"
-            )
+def _refuse_activations(adapter: Adapter) -> None:
+    if adapter.branches:
+        method = adapter.record.get("recipe", {}).get("structure", [adapter.name])[0]
+        raise NotDense(f"{method} acts on activations and has no dense matrix: it cannot be folded")
+
+
+def _refuse_fold(path: str, layer: StructuredLayer, requantise: bool) -> None:
+    if not isinstance(layer, StructuredForeign):
+        return
+    if not requantise:
+        raise UnsupportedLayer(
+            f"{path} holds its weight in a quantised form; fold(model, requantise=True) quantises the folded "
+            "weight again and reports the error"
+        )
+    check_known(layer.stored())

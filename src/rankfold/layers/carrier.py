@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ..weights import Gates
 
+_CHECKPOINT = "_gradient_checkpointing_func"  # where the blocks of transformers keep theirs
+
 
 @dataclass
 class ModelInputs:
@@ -89,15 +91,22 @@ class Carrier:
             for handle in self._handles:
                 handle.remove()
             self._handles = []
+            self._unwrap()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compute every gate for this call and see to it that recomputation finds them again."""
         inputs = read_inputs(module, args, kwargs)
         self.gates.current = {key: rule.compute(inputs) for key, rule in self.rules.items()}
         for part in module.modules():
-            function = part.__dict__.get("_gradient_checkpointing_func")
+            function = part.__dict__.get(_CHECKPOINT)
             if function is not None and not isinstance(function, Replay):
-                part._gradient_checkpointing_func = Replay(function, self.gates)
+                part.__dict__[_CHECKPOINT] = Replay(function, self.gates)
+
+    def _unwrap(self) -> None:
+        for part in self._root[0].modules():
+            function = part.__dict__.get(_CHECKPOINT)
+            if isinstance(function, Replay):
+                part.__dict__[_CHECKPOINT] = function.checkpoint
 
 
 @dataclass
@@ -183,6 +192,16 @@ def checkpoint(model: nn.Module, function: Callable[..., Any], *args: Any, **kwa
 
     adaptation = adaptation_of(model)
     options = {"use_reentrant": False, **kwargs}
+    if options["use_reentrant"] and torch.is_grad_enabled():
+        args = _with_gradients(args)
     if adaptation is None:
         return torch_checkpoint.checkpoint(function, *args, **options)
     return Replay(torch_checkpoint.checkpoint, adaptation.carrier.gates)(function, *args, **options)
+
+
+def _with_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Let an input require a gradient: reentrant checkpointing drops all gradients where none does."""
+    if any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return args
+    floating = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
+    return tuple(a.detach().requires_grad_() if f else a for a, f in zip(args, floating, strict=True))

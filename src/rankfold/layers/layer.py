@@ -9,7 +9,7 @@ for, so code that would rebuild a plain layer fails instead of dropping the chan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..weights import LINEAR, Base, Composite, Convolution, Dropped, Foreign, Op, Weight
+from .foreign import dequantised, requantised
 
 _HOOKS = (
     "_forward_hooks",
@@ -56,10 +57,30 @@ class StructuredLayer(nn.Module):
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", *_HOOKS):
             self.__dict__[name] = original.__dict__[name]
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what the original knows of itself, such as `in_features` or `kernel_size`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original")
+            if original is None or name.startswith("__"):
+                raise
+            return getattr(original[0], name)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation, the original too: its forward may be the one that is called."""
+        self.original.train(mode)
+        return super().train(mode)
+
     @property
     def original(self) -> nn.Module:
         """The layer that this one stands for."""
         return self._original[0]
+
+    @property
+    def borrows(self) -> bool:
+        """Whether its expressions are those of another layer with the same stored tensor."""
+        return bool(self._lender)
 
     @property
     def expression(self) -> Weight | None:
@@ -75,14 +96,18 @@ class StructuredLayer(nn.Module):
 
     def matrix(self) -> Tensor:
         """Return the stored weight as a matrix (out, in)."""
+        weight = self.stored()
+        return weight.flatten(1) if weight.dim() > 2 else weight
+
+    def stored(self) -> Tensor:
+        """Return the stored weight itself, in its own shape and form."""
         weight = self._parameters["weight"]
         assert weight is not None
-        return weight.flatten(1) if weight.dim() > 2 else weight
+        return weight
 
     def store(self, matrix: Tensor) -> None:
         """Put a new stored weight, given as a matrix (out, in), in the place of the old one."""
-        old = self._parameters["weight"]
-        assert old is not None
+        old = self.stored()
         value = matrix.to(old.dtype).reshape(old.shape).contiguous()
         self._parameters["weight"] = nn.Parameter(value, requires_grad=old.requires_grad)
 
@@ -123,16 +148,6 @@ class StructuredLayer(nn.Module):
 class StructuredLinear(StructuredLayer):
     """A linear layer, y = expression(x) + bias."""
 
-    @property
-    def in_features(self) -> int:
-        """Number of inputs."""
-        return self.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Number of outputs."""
-        return self.shape[0]
-
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x (..., in)."""
         expression = self.expression
@@ -146,16 +161,11 @@ class StructuredTransposedLinear(StructuredLinear):
 
     def matrix(self) -> Tensor:
         """Return the stored weight as a matrix (out, in)."""
-        return self._parameters["weight"].T  # type: ignore[union-attr]
+        return self.stored().T
 
     def store(self, matrix: Tensor) -> None:
         """Put a new stored weight, given as a matrix (out, in), in the place of the old one."""
         super().store(matrix.T)
-
-    @property
-    def nf(self) -> int:
-        """Number of outputs, under the name that transformers uses."""
-        return self.shape[0]
 
 
 class StructuredEmbedding(StructuredLayer):
@@ -163,27 +173,16 @@ class StructuredEmbedding(StructuredLayer):
 
     looked_up = True
 
-    @property
-    def num_embeddings(self) -> int:
-        """Number of rows."""
-        return self.shape[0]
-
-    @property
-    def embedding_dim(self) -> int:
-        """Length of a row."""
-        return self.shape[1]
-
-    @property
-    def padding_idx(self) -> int | None:
-        """The padding row of the original."""
-        return self.original.padding_idx  # type: ignore[return-value]
-
     def forward(self, ids: Tensor) -> Tensor:
         """Look up rows: ids (...) to (..., dimension)."""
         expression = self.expression
         if expression is None:
             return self.original.forward(ids)  # type: ignore[no-any-return]
-        return expression.rows(ids).to(self.matrix().dtype)
+        rows = expression.rows(ids).to(self.stored().dtype)
+        if self.padding_idx is None or not torch.is_grad_enabled():
+            return rows
+        # As in the plain layer, the padding row is read but never trained.
+        return torch.where((ids == self.padding_idx)[..., None], rows.detach(), rows)
 
 
 class StructuredConv(StructuredLayer):
@@ -216,18 +215,13 @@ class StructuredForeign(StructuredLinear):
     """A linear layer that keeps its weight in a form of its own, such as a quantised one; its forward is called."""
 
     def matrix(self) -> Tensor:
-        """Return the matrix (out, in) that the layer applies, read off from the identity."""
-        module: Any = self.original
-        dtype = getattr(module, "compute_dtype", None) or _foreign_dtype(module)
-        with torch.no_grad():
-            identity = torch.eye(module.in_features, dtype=dtype, device=module.weight.device)
-            columns = module.forward(identity)
-            return (columns if module.bias is None else columns - module.bias).T.contiguous()  # type: ignore[no-any-return]
+        """Return the matrix (out, in) that the layer applies."""
+        return dequantised(self.original)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the matrix that the layer applies."""
-        return self.original.out_features, self.original.in_features  # type: ignore[return-value]
+        return self.out_features, self.in_features
 
     def base(self) -> Base:
         """Return a new leaf that stands for the foreign layer."""
@@ -239,9 +233,7 @@ class StructuredForeign(StructuredLinear):
 
     def store(self, matrix: Tensor) -> None:
         """Quantise a matrix (out, in) as the old weight was and put it in its place."""
-        from .foreign import requantised
-
-        self._parameters["weight"] = requantised(self._parameters["weight"], matrix)
+        self._parameters["weight"] = requantised(self.stored(), matrix)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.original._save_to_state_dict(destination, prefix, keep_vars)
@@ -250,13 +242,6 @@ class StructuredForeign(StructuredLinear):
         """Apply the foreign layer and the change."""
         expression = self.expression
         return self.call(x) if expression is None else expression(x, None)  # type: ignore[no-any-return]
-
-
-def _foreign_dtype(module: nn.Module) -> torch.dtype:
-    bias, weight = module.bias, module.weight
-    if isinstance(bias, Tensor):
-        return bias.dtype
-    return weight.dtype if weight.dtype.is_floating_point else torch.float32  # type: ignore[union-attr,return-value]
 
 
 class _Projection(StructuredLayer):
@@ -272,15 +257,20 @@ class _Projection(StructuredLayer):
         """Share nothing: the parent registers the tensor."""
         self.__dict__["_stored"] = (original,)
 
-    def matrix(self) -> Tensor:
-        """Return the stored weight as a matrix (out, in)."""
-        return self._stored[0]._parameters[self._name]  # type: ignore[no-any-return]
+    def stored(self) -> Tensor:
+        """Return the stored weight."""
+        return self._holder._parameters[self._name]  # type: ignore[return-value]
+
+    @property
+    def _holder(self) -> nn.Module:
+        holder: nn.Module = self.__dict__["_stored"][0]
+        return holder
 
     def store(self, matrix: Tensor) -> None:
         """Put a new stored weight in the place of the old one."""
-        old = self.matrix()
+        old = self.stored()
         parameter = nn.Parameter(matrix.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
-        self._stored[0]._parameters[self._name] = parameter
+        self._holder._parameters[self._name] = parameter
 
     def current(self) -> Tensor:
         """Return the matrix that the parent is to use now."""
@@ -302,22 +292,26 @@ class StructuredAttention(StructuredLayer):
     matrices are formed and handed to the original's forward.
     """
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__(original)
-        self.in_proj = _Projection(original, "in_proj_weight")
-        self.out_proj = _OutProjection(original.out_proj, "weight")  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the original, such as `batch_first`, where this module has none."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_original"][0], name)
+        if original.in_proj_weight is not None:
+            self.in_proj = _Projection(original, "in_proj_weight")
+        self.out_proj = _OutProjection(original.out_proj, "weight")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the original with the matrices of the two expressions."""
-        matrices = {"in_proj_weight": self.in_proj.current(), "out_proj.weight": self.out_proj.current()}
+        """Call the original with the matrices of the expressions."""
+        matrices = {"out_proj.weight": self.out_proj.current()}
+        if "in_proj" in self._modules:
+            matrices["in_proj_weight"] = self.in_proj.current()
         return functional_call(self.original, matrices, args, kwargs)
+
+
+_EXACT: dict[type, type[StructuredLayer]] = {
+    nn.Embedding: StructuredEmbedding,
+    nn.Conv1d: StructuredConv,
+    nn.Conv2d: StructuredConv,
+    nn.Conv3d: StructuredConv,
+}
 
 
 def kind_of(module: nn.Module) -> type[StructuredLayer] | None:
@@ -326,17 +320,29 @@ def kind_of(module: nn.Module) -> type[StructuredLayer] | None:
     Subclasses of embeddings and convolutions with a forward of their own are refused, because what they do
     beside their product is not known; such subclasses of `nn.Linear` are called, not replaced.
     """
-    exact: dict[type, type[StructuredLayer]] = {
-        nn.Embedding: StructuredEmbedding,
-        nn.Conv1d: StructuredConv,
-        nn.Conv2d: StructuredConv,
-        nn.Conv3d: StructuredConv,
-    }
-    if type(module) in exact:
-        return None if getattr(module, "max_norm", None) is not None else exact[type(module)]
+    if why_refused(module):
+        return None
+    if type(module) in _EXACT:
+        return _EXACT[type(module)]
     if isinstance(module, nn.Linear):
-        plain = type(module).forward is nn.Linear.forward and type(module.weight) in (nn.Parameter, Tensor)
-        return StructuredLinear if plain and type(module.weight.data) is Tensor else StructuredForeign
-    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
-        return StructuredTransposedLinear
+        weight = module.weight
+        plain = type(module).forward is nn.Linear.forward and type(weight) is nn.Parameter
+        return StructuredLinear if plain and type(weight.data) is Tensor else StructuredForeign
+    return StructuredTransposedLinear
+
+
+def why_refused(module: nn.Module) -> str | None:
+    """Return why no class can stand for a module, as the end of a sentence, or None."""
+    transposed = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+    if not transposed and not isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "is no layer that can hold an expression"
+    if not isinstance(module, nn.Linear) and not transposed and type(module) not in _EXACT:
+        return "has a forward of its own, so what it does beside its product is not known"
+    weight = module._parameters.get("weight")
+    if weight is None or module._modules:
+        return "computes its weight from other tensors (a parametrisation); remove that first"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "has no shape yet; call the model once first"
+    if getattr(module, "max_norm", None) is not None:
+        return "has max_norm, which rewrites its stored rows in every forward; set max_norm=None"
     return None

@@ -12,7 +12,7 @@ from ..errors import UnsupportedLayer
 from .layer import StructuredLayer
 
 
-class _FirstForward:
+class FirstForward:
     """Collects the layers that are called until the first forward of the root model ends."""
 
     def __init__(self, waiting: set[str]) -> None:
@@ -23,8 +23,7 @@ class _FirstForward:
         """End the watch after the root's forward."""
         if torch.compiler.is_compiling():
             return
-        for handle in self.handles:
-            handle.remove()
+        self.end()
         if self.waiting:
             path = sorted(self.waiting)[0]
             others = f" and {len(self.waiting) - 1} more" if len(self.waiting) > 1 else ""
@@ -33,11 +32,17 @@ class _FirstForward:
                 "out of targets, or pass uncalled='allow' if it is only called sometimes"
             )
 
+    def end(self) -> None:
+        """Watch no longer."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
 
 class _Called:
     """Notes that one layer is called."""
 
-    def __init__(self, watch: _FirstForward, path: str) -> None:
+    def __init__(self, watch: FirstForward, path: str) -> None:
         self.watch, self.path = watch, path
 
     def __call__(self, module: nn.Module, args: Any) -> None:
@@ -46,13 +51,14 @@ class _Called:
             self.watch.waiting.discard(self.path)
 
 
-def watch_first_forward(model: nn.Module, layers: Mapping[str, StructuredLayer]) -> None:
+def watch_first_forward(model: nn.Module, layers: Mapping[str, StructuredLayer]) -> FirstForward:
     """Raise in the first forward of a model that leaves one of these layers uncalled.
 
     Raises:
         UnsupportedLayer: in that forward, naming the layer.
     """
     called = {path: layer for path, layer in layers.items() if not layer.materialised}
-    watch = _FirstForward(set(called))
+    watch = FirstForward(set(called))
     watch.handles = [layer.register_forward_pre_hook(_Called(watch, p)) for p, layer in called.items()]
     watch.handles.append(model.register_forward_hook(watch))
+    return watch

@@ -39,8 +39,8 @@ def describe(adaptation: Adaptation, name: str) -> dict[str, Any]:
 class Checkpoints:
     """What `save_pretrained` and `load_state_dict` do on an adapted model.
 
-    A checkpoint of an adapted model is the adapter: it can be loaded with `rankfold.load`, trainers resume from it,
-    and it can never be taken for a whole model with weights missing.
+    A checkpoint of an adapted model is the adapter: it can be loaded with `rankfold.load`, trainers resume from
+    it, and it can never be taken for a whole model with weights missing.
     """
 
     tensors = "model.safetensors"  # the name that trainers look for
@@ -69,8 +69,8 @@ class Checkpoints:
         if len(adaptation.active) != 1:
             names = list(adaptation.active)
             raise InvalidOption(
-                f"save_pretrained writes one active adapter and {names} are active; use rankfold.save(model, path, name), "
-                "or rankfold.fold(model) first for a whole checkpoint"
+                f"save_pretrained writes one active adapter and {names} are active; use rankfold.save(model, "
+                "path, name), or rankfold.fold(model) first for a whole checkpoint"
             )
         if ignored.get("push_to_hub"):
             raise InvalidOption(

@@ -13,8 +13,8 @@ from ..errors import BaseMismatch, FormatError, MissingDependency, MissingPath, 
 from ..formats import native, peft
 from ..layers import StructuredEmbedding, require
 from ..weights import owned
-from .adapt import Prepared, install, prepare
 from .checkpoints import describe
+from .prepare import Prepared, install, prepare
 from .recipe import Recipe, resolve
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -29,7 +29,7 @@ def save(
     push_to_hub: bool | str = False,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an adapter to a folder: `rankfold.json`, `rankfold.safetensors`, and a model card. No copy of the base.
+    """Write an adapter to a folder: `rankfold.json`, `rankfold.safetensors` and a model card, no copy of the base.
 
     The folder appears complete or not at all, and equal adapters give equal bytes.
 

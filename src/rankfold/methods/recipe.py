@@ -65,7 +65,7 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Return the recipe that `to_dict` gave."""
         single = {a: tuple(data[a]) for a in ("structure", "init", "ranks") if data.get(a)}
-        return cls(**single, dynamics=tuple(tuple(p) for p in data.get("dynamics", ())))  # type: ignore[arg-type]
+        return cls(**single, dynamics=tuple(tuple(p) for p in data.get("dynamics", ())))
 
 
 def parse_point(text: str) -> Recipe:
@@ -92,7 +92,7 @@ def parse_point(text: str) -> Recipe:
             raise Incompatible(f"{text!r} gives two methods for {axis}: {chosen[axis]} and {name}")
         else:
             chosen[axis] = name
-    return Recipe(chosen.pop("structure", "lora"), dynamics=tuple(dynamics), **chosen)  # type: ignore[arg-type]
+    return Recipe(chosen.pop("structure", "lora"), dynamics=tuple(dynamics), **chosen)
 
 
 def _axis_of(word: str, chosen: Mapping[str, str]) -> tuple[str, str]:

@@ -1,8 +1,8 @@
 """The catalogue: every method says what it is by registering itself, and nothing else has to be edited.
 
 A structure, an initialiser or a rank rule is a function with a decorator. Its options are its keyword-only
-parameters, its defaults theirs; title, year, arXiv id and formula go into the catalogue, the command line and the
-documentation. Third parties register theirs through the entry point group `rankfold.methods`.
+parameters, its defaults theirs; title, year, arXiv id and formula go into the catalogue, the command line and
+the documentation. Third parties register theirs through the entry point group `rankfold.methods`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 from ..errors import InvalidOption, UnknownMethod, near_names
 
 AXES = (
-    "structure", "init", "ranks", "dynamics", "optim", "pretrain", "compress", "merge", "continual", "federated",
-    "edit", "analysis", "layers", "numerics", "recipe",
+    "structure", "init", "ranks", "dynamics", "optim", "pretrain", "compress", "merge", "continual",
+    "federated", "edit", "analysis", "layers", "numerics", "recipe",
 )  # fmt: skip
 Shape = tuple[int, int]
 
@@ -30,8 +30,8 @@ class StepZero:
     """What a method promises of the model's output before the first step.
 
     Attributes:
-        kind: "exact" (the base's output to the last bit), "near" (within the tolerance, relative to the largest
-            output), or "other".
+        kind: "exact" (the base's output to the last bit), "near" (within the tolerance, relative to the
+            largest output), or "other".
         tolerance: for "near".
         note: for "other": what the output is instead.
     """
@@ -153,7 +153,7 @@ def register(
     formula: str,
     status: str = "tested",
     start: StepZero = EXACT,
-    **traits: Any,
+    traits: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that enters a function in the catalogue.
 
@@ -166,7 +166,7 @@ def register(
         if axis not in AXES or (known is not None and known.build.__module__ != build.__module__):
             raise ValueError(f"cannot register {axis} {name!r}: the axis is unknown or the name is taken")
         about = (title, year, arxiv, code, formula, status, start)
-        _METHODS[axis, name] = Method(name, axis, *about, build, _options(build), traits)
+        _METHODS[axis, name] = Method(name, axis, *about, build, _options(build), traits or {})
         return build
 
     return enter
@@ -213,11 +213,11 @@ def structure(
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
     traits = {
-        "stage": stage, "init": init, "starts": tuple(starts), "rank": rank, "limit": limit, "multiple": multiple,
-        "layers": tuple(layers), "plan": plan, "gate": gate, "activations": activations, "targets": targets,
-        "example": dict(example or {}),
+        "stage": stage, "init": init, "starts": tuple(starts), "rank": rank, "limit": limit,
+        "multiple": multiple, "layers": tuple(layers), "plan": plan, "gate": gate, "activations": activations,
+        "targets": targets, "example": dict(example or {}),
     }  # fmt: skip
-    return register("structure", name, **about, **traits)
+    return register("structure", name, **about, traits=traits)
 
 
 def init(name: str, *, gives: str, needs: Sequence[str] = (), **about: Any) -> Callable[..., Any]:
@@ -225,12 +225,12 @@ def init(name: str, *, gives: str, needs: Sequence[str] = (), **about: Any) -> C
 
     Args:
         name: in the catalogue.
-        gives: zero (the product is zero), residual (the start is subtracted from the base), displaced, or frame
-            (an orthonormal basis of the weight).
+        gives: zero (the product is zero), residual (the start is subtracted from the base), displaced, or
+            frame (an orthonormal basis of the weight).
         needs: the statistics that it reads.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
-    return register("init", name, **about, gives=gives, needs=tuple(needs))
+    return register("init", name, **about, traits={"gives": gives, "needs": tuple(needs)})
 
 
 def ranks(name: str, **about: Any) -> Callable[..., Any]:

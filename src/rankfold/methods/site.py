@@ -1,4 +1,4 @@
-"""A site: one weight that is about to be adapted, and everything a method may ask of it."""
+"""Sites: the weights and outputs that are about to be adapted, and everything a method may ask of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidOption
+from ..errors import Incompatible, InvalidOption
 from ..layers import StructuredLayer
 from ..weights import Base, Dense, Dropped, Gates, Pooled, Weight
 from .registry import Method
@@ -70,74 +70,27 @@ def derived_seed(seed: int, *names: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-@dataclass(frozen=True)
-class Site:
-    """One weight that is about to be adapted.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A place in a model where something is about to be adapted, and where its random numbers come from.
 
     Attributes:
-        path: dotted name of its module.
-        layer: the structured layer that will hold the expression.
-        base: the leaf that stands for the stored weight, W0.
-        shape: (out, in) of the weight, of this block of it where `rows`, `columns` cut one out.
+        path: dotted name of the module.
         seed: of the adapter.
-        init: the initialiser and its options, or None.
         blank: build the shapes only; the values will be loaded.
-        root: the model, which owns shared tensors.
-        shared: attribute name on the root of every shared tensor, by key.
-        planned: what the structure's plan holds for this weight.
+        dtype: of what is trained there, float32 or better.
+        device: of the module.
         gates, gate_key: where a gated change finds its gate.
-        statistics: what a calibration pass collected for this weight.
-        hidden: channels of a module whose output is edited.
     """
 
     path: str
-    layer: StructuredLayer | None
-    base: Base | None
-    shape: tuple[int, int]
     seed: int
-    init: tuple[Method, Mapping[str, Any]] | None = None
     blank: bool = False
-    root: nn.Module | None = None
-    shared: Mapping[str, str] = field(default_factory=dict)
-    planned: Mapping[str, Tensor] = field(default_factory=dict)
-    gates: Gates | None = None
-    gate_key: str = ""
-    statistics: Any = None
-    rows: slice = field(default_factory=lambda: slice(None))
-    columns: slice = field(default_factory=lambda: slice(None))
-    block_name: str = ""
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    # What the weight is -------------------------------------------------------------------------------
-
-    def matrix(self) -> Tensor:
-        """Return W0, or the block of it, as a matrix (out, in) in float32 or better."""
-        assert self.layer is not None
-        return self.layer.matrix().detach()[self.rows, self.columns].to(self.dtype)
-
-    @property
-    def looked_up(self) -> bool:
-        """Whether the weight is an embedding, of which rows are read."""
-        return self.layer is not None and self.layer.looked_up
-
-    @property
-    def window(self) -> tuple[int, ...]:
-        """Kernel size per spatial axis; empty unless the layer is a convolution."""
-        return getattr(self.layer.op, "window", ()) if self.layer is not None else ()
-
-    def block(self, row: int, column: int, count: int) -> Site:
-        """Return block (row, column) of a count x count cut of the weight, as a site of its own."""
-        out, columns = self.shape[0] // count, self.shape[1] // count
-        return replace(
-            self,
-            shape=(out, columns),
-            rows=slice(row * out, (row + 1) * out),
-            columns=slice(column * columns, (column + 1) * columns),
-            block_name=f"{self.block_name}[{row},{column}]",
-        )
-
-    # Sources of tensors -------------------------------------------------------------------------------
+    gates: Gates = field(default_factory=Gates)
+    gate_key: str = ""
+    block_name: str = ""
 
     def generator(self, name: str) -> torch.Generator:
         """Return a CPU generator seeded by the adapter's seed, the path and a name."""
@@ -152,41 +105,108 @@ class Site:
         drawn = torch.rand(shape, generator=self.generator(name))
         return (bound * (2 * drawn - 1)).to(self.device, self.dtype)
 
-    def trained(self, value: Tensor, name: str) -> Dense:
-        """Return a trained leaf, float32 or better, on the weight's device."""
-        return Dense(value.to(self.device, self.dtype), name, trainable=True)
-
-    def frozen(self, value: Tensor, name: str) -> Dense:
-        """Return a frozen leaf, float32 or better, on the weight's device."""
-        return Dense(value.to(self.device, self.dtype), name, trainable=False)
-
     def zeros(self, *shape: int) -> Tensor:
         """Return zeros."""
         return torch.zeros(shape, device=self.device, dtype=self.dtype)
 
+    def trained(self, value: Tensor, name: str) -> Dense:
+        """Return a trained leaf, float32 or better, on the module's device."""
+        return Dense(value.to(self.device, self.dtype), name, trainable=True)
+
+    def frozen(self, value: Tensor, name: str) -> Dense:
+        """Return a frozen leaf, float32 or better, on the module's device."""
+        return Dense(value.to(self.device, self.dtype), name, trainable=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSite(Place):
+    """A module whose output is about to be edited.
+
+    Attributes:
+        width: channels of the output.
+    """
+
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site(Place):
+    """A weight that is about to be adapted, and everything a structure may ask of it.
+
+    Attributes:
+        layer: the structured layer that will hold the expression.
+        base: the leaf that stands for the stored weight, W0.
+        shape: (out, in) of the weight, or of the block that `rows` and `columns` cut out.
+        init: the initialiser and its options, or None.
+        root: the module that owns shared tensors.
+        shared: attribute name on the root of every shared tensor, by key.
+        planned: what the structure's plan holds for this weight.
+        statistics: what a calibration pass collected for this weight.
+    """
+
+    layer: StructuredLayer
+    base: Base
+    shape: tuple[int, int]
+    init: tuple[Method, Mapping[str, Any]] | None = None
+    root: nn.Module = field(default_factory=nn.Module)
+    shared: Mapping[str, str] = field(default_factory=dict)
+    planned: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Any = None
+    rows: slice = field(default_factory=lambda: slice(None))
+    columns: slice = field(default_factory=lambda: slice(None))
+
+    # What the weight is -------------------------------------------------------------------------------
+
+    def matrix(self) -> Tensor:
+        """Return W0, or the block of it, as a matrix (out, in) in float32 or better."""
+        return self.layer.matrix().detach()[self.rows, self.columns].to(self.dtype)
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether the weight is an embedding, of which rows are read."""
+        return self.layer.looked_up
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """Kernel size per spatial axis; empty unless the layer is a convolution."""
+        return getattr(self.layer.op, "window", ())
+
+    def block(self, row: int, column: int, count: int) -> Site:
+        """Return block (row, column) of a count x count cut of the weight, as a site of its own."""
+        out, columns = self.shape[0] // count, self.shape[1] // count
+        return replace(
+            self,
+            shape=(out, columns),
+            rows=slice(row * out, (row + 1) * out),
+            columns=slice(column * columns, (column + 1) * columns),
+            block_name=f"{self.block_name}[{row},{column}]",
+        )
+
     def pooled(self, key: str, name: str, shape: tuple[int, ...], **gather: Tensor) -> Pooled:
         """Return a leaf that reads a tensor which the adapter's layers share."""
-        assert self.root is not None
         return Pooled(self.root, self.shared[key], name, shape, **gather)
 
     # Starts -------------------------------------------------------------------------------------------
 
     def factors(self, rank: int, scaling: float = 1.0) -> Factors:
         """Return the initialiser's two factors for a product `scaling * up @ down`."""
-        assert self.init is not None
-        method, options = self.init
+        method, options = self._initialiser()
         if self.blank:
             up, down = self.zeros(self.shape[0], rank), self.zeros(rank, self.shape[1])
             return Factors(up, down, method.traits["gives"])
         result: Factors = method.build(self, rank, scaling, **options)
         return result
 
+    def _initialiser(self) -> tuple[Method, Mapping[str, Any]]:
+        if self.init is None:
+            raise Incompatible(f"{self.path}: the structure asks for an initialiser and declares none")
+        return self.init
+
     def basis(self, rank: int) -> Basis:
         """Return the initialiser's frame of the weight."""
-        assert self.init is not None
+        method, options = self._initialiser()
         if self.blank:
             return Basis(self.zeros(self.shape[0], rank), self.zeros(rank), self.zeros(rank, self.shape[1]))
-        method, options = self.init
         result: Basis = method.build(self, rank, 1.0, **options)
         return result
 

@@ -1,15 +1,14 @@
 """From an adapter's folder back to an adapted model, and on to what others read."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import rankfold as rf
 from rankfold.errors import InvalidOption
-from rankfold.training.base import Base, load_base, read_model_config, task_of
+from rankfold.formats.files import complete_folder, read_json, refuse_existing
+from rankfold.methods.persist import locate
+from rankfold.training.base import Base, load_base, read_model_config, task_of, task_of_class
 from rankfold.training.config import read_config
-from rankfold.training.folder import appearing
 
 
 def load_adapted(adapter: str, *, model: str | None = None) -> tuple[str, Base]:
@@ -26,14 +25,15 @@ def load_adapted(adapter: str, *, model: str | None = None) -> tuple[str, Base]:
         InvalidOption: when no base is named and the adapter names none.
         RankfoldError: when the adapter cannot be read or is for another base.
     """
-    settings = _run_settings(Path(adapter))
-    name = model or settings.get("model") or _named_base(Path(adapter))
-    if name is None:
+    folder = locate(adapter)
+    settings = read_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    recorded = _recorded_base(folder)
+    name = model or settings.get("model") or recorded["name"]
+    if not name:
         raise InvalidOption(f"{adapter} does not say which model it adapts: name it with --model")
-    labels: Sequence[str] | None = settings.get("labels")
-    task = settings.get("task") or task_of(read_model_config(name)) or "causal"
-    base = load_base(name, task, labels=labels)
-    rf.load(base.model, adapter)
+    task = settings.get("task") or task_of_class(recorded["class"]) or task_of(read_model_config(name))
+    base = load_base(name, task or "causal", labels=settings.get("labels"))
+    rf.load(base.model, folder)
     return name, base
 
 
@@ -44,43 +44,40 @@ def fold_adapter(adapter: str, out: Path, *, model: str | None = None, overwrite
         OutputExists: when `out` is not empty and may not be overwritten.
         RankfoldError: when the adapter cannot be loaded or has no dense form.
     """
-    with appearing(out, overwrite=overwrite) as staging:
+    with complete_folder(out, overwrite=overwrite) as folder:
         name, base = load_adapted(adapter, model=model)
         rf.fold(base.model)
-        base.model.save_pretrained(staging)
-        base.tokenizer.save_pretrained(staging)
+        base.model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
     return name
 
 
 def export_adapter(
-    adapter: str,
-    out: Path,
-    *,
-    format: str = "peft",
-    model: str | None = None,
-    rank: int | None = None,
-    max_error: float | None = None,
-    overwrite: bool = False,
-) -> Any:
-    """Write `adapter` to `out` in another form, by `rankfold.export`, and return its report.
+    adapter: str, out: Path, *, model: str | None = None, overwrite: bool = False, **options: Any
+) -> rf.Report:
+    """Write `adapter` to `out` in another form, and return the report.
+
+    Args:
+        adapter: folder or hub name of an adapter.
+        out: the folder to write.
+        model: folder or hub name of the base, or None for the one that the adapter names.
+        overwrite: replace a folder that is there.
+        options: `format`, `rank`, `max_error` and `drop_whole`, as `rankfold.export` takes them.
 
     Raises:
         OutputExists: when `out` is not empty and may not be overwritten.
-        RankfoldError: when the adapter cannot be loaded, or not be written in that form within `max_error`.
+        RankfoldError: when the adapter cannot be loaded, or not be written in that form.
     """
-    with appearing(out, overwrite=overwrite) as staging:
-        _, base = load_adapted(adapter, model=model)
-        return rf.export(base.model, staging, format=format, rank=rank, max_error=max_error)
+    refuse_existing(out, overwrite=overwrite)  # before a large model is loaded
+    _, base = load_adapted(adapter, model=model)
+    return rf.export(base.model, out, overwrite=overwrite, **options)
 
 
-def _run_settings(adapter: Path) -> dict[str, Any]:
-    file = adapter / "config.yaml"
-    return read_config(file) if file.is_file() else {}
-
-
-def _named_base(adapter: Path) -> str | None:
-    for name, key in (("rankfold.json", "base"), ("adapter_config.json", "base_model_name_or_path")):
-        file = adapter / name
-        if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8")).get(key) or None
-    return None
+def _recorded_base(folder: Path) -> dict[str, str]:
+    """Return the name and the class of the base as a native or a peft folder records them."""
+    if (folder / "rankfold.json").is_file():
+        base = read_json(folder / "rankfold.json").get("base", {})
+        return {"name": str(base.get("name") or ""), "class": str(base.get("class") or "")}
+    peft = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else {}
+    task = "ForSequenceClassification" if peft.get("task_type") == "SEQ_CLS" else ""
+    return {"name": str(peft.get("base_model_name_or_path") or ""), "class": task}

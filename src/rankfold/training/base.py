@@ -50,10 +50,20 @@ def read_model_config(model: str) -> "PretrainedConfig":
 
 def task_of(config: "PretrainedConfig") -> str | None:
     """Return the task that the model's architecture names, or None where it names neither."""
-    names = getattr(config, "architectures", None) or []
-    if any("SequenceClassification" in name for name in names):
+    tasks = [task_of_class(name) for name in getattr(config, "architectures", None) or []]
+    return next((task for task in tasks if task), None)
+
+
+def task_of_class(name: str) -> str | None:
+    """Return the task of a model class, or None where its name tells neither.
+
+    Example:
+        >>> task_of_class("BertForSequenceClassification"), task_of_class("GPT2LMHeadModel")
+        ('classify', 'causal')
+    """
+    if "SequenceClassification" in name:
         return "classify"
-    return "causal" if any("CausalLM" in name or "LMHeadModel" in name for name in names) else None
+    return "causal" if "CausalLM" in name or "LMHeadModel" in name else None
 
 
 def own_labels(config: "PretrainedConfig", values: Sequence[str]) -> tuple[str, ...] | None:

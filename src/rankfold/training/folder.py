@@ -4,13 +4,13 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rankfold.errors import InvalidOption, OutputExists
+from rankfold.formats.native import RECORD, TENSORS
 from rankfold.training.config import RunConfig, config_text, flag, read_config
 
 # Where a run continues and how often it saves may change between its parts; nothing else may.
@@ -77,14 +77,17 @@ class RunFolder:
     def finish(self, save: Callable[[Path], object], result: dict[str, Any]) -> None:
         """Let `save` write the adapter into an empty folder; move its files here, with the result.
 
-        The adapter's description comes last: a folder that has it has the rest.
+        The adapter's record moves last: a folder that has it has the rest.
         """
-        with appearing(self.path, overwrite=True) as staging:
+        with tempfile.TemporaryDirectory(dir=self.path, prefix=".saving-") as temporary:
+            staging = Path(temporary) / "adapter"
             save(staging)
             write_text(staging / "result.json", json.dumps(result, indent=2) + "\n")
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == RECORD):
+                file.replace(self.path / file.name)
 
     def _clear(self) -> None:
-        for name in ("rankfold.json", "rankfold.safetensors", "README.md", "result.json", "config.yaml"):
+        for name in (RECORD, TENSORS, "README.md", "result.json", "config.yaml"):
             (self.path / name).unlink(missing_ok=True)
         for checkpoint in self.checkpoints.glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -98,29 +101,6 @@ class RunFolder:
                     f"{flag(item.name)} was {before!r} in {self.config_file} and is {now!r} now; "
                     f"a resumed run keeps its settings"
                 )
-
-
-@contextmanager
-def appearing(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give an empty folder to write in; its files move to `out` when all are written, or vanish on an error.
-
-    Json files, which describe the others, move last.
-
-    Raises:
-        OutputExists: when `out` is not empty and may not be overwritten.
-    """
-    if out.exists() and not out.is_dir():
-        raise OutputExists(f"{out} exists and is no folder; choose another --out")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise OutputExists(f"the folder {out} is not empty; choose another or add --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as sibling:
-        staging = Path(sibling) / out.name
-        staging.mkdir()
-        yield staging
-        out.mkdir(exist_ok=True)
-        for file in sorted(staging.iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
-            file.replace(out / file.name)
 
 
 def write_text(path: Path, text: str) -> None:

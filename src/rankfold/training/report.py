@@ -86,6 +86,18 @@ class RunResult:
         folded = f"{self.out}-folded"
         return shlex.join(["rankfold", "fold", str(self.out), "--model", self.config.model, "--out", folded])
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the adapter's card says of the run."""
+        return {
+            "data": self.config.data,
+            "steps": f"{self.steps:,}",
+            "trained parameters": f"{self.trainable:,}",
+            "measured on": self.scored_on,
+            "before": str(self.before),
+            "after": str(self.after),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON-like data: seconds, bytes, nats."""
         return {

@@ -126,7 +126,7 @@ def run(
         prepared.scored_on,
     )
     if trainer.is_world_process_zero():
-        folder.finish(lambda path: rf.save(model, path), result.to_dict())
+        folder.finish(lambda path: rf.save(model, path, notes=result.facts), result.to_dict())
     return result
 
 

@@ -64,7 +64,7 @@ def invocation_gate(*, invocation: Sequence[int], **options: float) -> Invoked:
     Raises:
         InvalidOption: the invocation is empty or holds other things than token ids.
     """
-    if not invocation or isinstance(invocation, str) or not all(isinstance(i, int) for i in invocation):
+    if not invocation or not all(isinstance(token, int) for token in list(invocation)):
         raise InvalidOption(f"alora needs invocation=(token ids of the invocation), not {invocation!r}")
     return Invoked(invocation)
 
@@ -88,6 +88,5 @@ def alora(
     site: Site, rank: int, *, invocation: Sequence[int] = (), alpha: float | None = None, dropout: float = 0.0
 ) -> Weight:
     """Return W0 plus the gated change; invocation is a sequence of token ids, dropout in [0, 1)."""
-    assert site.gates is not None
     change = site.low_rank(rank, scaling_of(alpha, rank), dropout)
     return site.base + Gated(change, site.gates, site.gate_key)

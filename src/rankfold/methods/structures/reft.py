@@ -17,7 +17,7 @@ from ...errors import InvalidOption
 from ...layers import Branch, ModelInputs
 from ...weights import Gates
 from ..registry import not_base, structure
-from ..site import Site
+from ..site import OutputSite
 
 
 class Positions:
@@ -69,16 +69,17 @@ class LoReFT(Branch):
     def __init__(self, frame: Tensor, weight: Tensor, bias: Tensor, gates: Gates, key: str) -> None:
         super().__init__()
         self.frame, self.weight, self.bias = nn.Parameter(frame), nn.Parameter(weight), nn.Parameter(bias)
-        self.__dict__["gates"], self.key = gates, key
+        self.gates, self.key = gates, key
 
     def rotation(self) -> Tensor:
         """Return R, (r, d), with orthonormal rows."""
         q, r = torch.linalg.qr(self.frame)
-        return (q * torch.sign(torch.diagonal(r))).T
+        rotation: Tensor = (q * torch.sign(torch.diagonal(r))).T
+        return rotation
 
     def edit(self, hidden: Tensor) -> Tensor:
         """Return the edited hidden states (batch, token, d); other positions are untouched, bit for bit."""
-        chosen = self.gates.read(self.key, hidden) != 0  # type: ignore[union-attr]
+        chosen = self.gates.read(self.key, hidden) != 0
         rotation = self.rotation().to(hidden.dtype)
         wanted = nn.functional.linear(
             hidden, self.weight.to(hidden.dtype) - rotation, self.bias.to(hidden.dtype)
@@ -104,11 +105,10 @@ class LoReFT(Branch):
     gate=positions_gate,
     targets="blocks",
 )
-def reft(site: Site, rank: int, *, positions: str = "f7+l7") -> Branch:
+def reft(site: OutputSite, rank: int, *, positions: str = "f7+l7") -> Branch:
     """Return the edit of a block of hidden size d at positions such as "f7+l7"."""
-    width = site.shape[0]
+    width = site.width
     frame = torch.linalg.qr(site.normal("frame", width, rank)).Q
     bound = 1 / math.sqrt(width)
     weight, bias = site.uniform("weight", rank, width, bound=bound), site.uniform("bias", rank, bound=bound)
-    assert site.gates is not None
     return LoReFT(frame, weight, bias, site.gates, site.gate_key)

@@ -28,7 +28,8 @@ def shared_vector(
     coefficient = torch.bincount(index, minlength=length).rsqrt()[index]
     some = next(iter(sites.values()))
     theta = bound * (2 * torch.rand(length, generator=generator) - 1)
-    dealt, start = {}, 0
+    dealt: dict[str, dict[str, torch.Tensor]] = {}
+    start = 0
     for path, site in sites.items():
         for name, shape in (("down", (ranks[path], site.shape[1])), ("up", (site.shape[0], ranks[path]))):
             part = slice(start, start := start + shape[0] * shape[1])

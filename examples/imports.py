@@ -1,0 +1,11 @@
+"""What every run imports, once, before the runs are forked; libraries do not remark on what they lack."""
+
+import importlib
+import logging
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+for name in ("torch.optim", "transformers.models.bert.modeling_bert", "rankfold"):
+    importlib.import_module(name)

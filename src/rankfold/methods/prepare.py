@@ -1,0 +1,281 @@
+"""Building an adapter beside a model, and putting it in place once all of it is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Incompatible, InvalidOption, UnsupportedLayer
+from ..layers import (
+    PRESETS,
+    Adaptation,
+    Adapter,
+    Branch,
+    GateRule,
+    StructuredLayer,
+    Target,
+    Targets,
+    adaptation_of,
+    attach,
+    find_modules,
+    task_heads,
+)
+from ..weights import Pooled, Weight
+from .aim import chosen_targets, follow_ties
+from .capacity import allotted_ranks
+from .checkpoints import Checkpoints
+from .recipe import Resolved
+from .site import OutputSite, Place, Planned, Site, derived_seed
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclass
+class Prepared:
+    """Everything that putting an adapter in place needs, built without touching the model."""
+
+    adaptation: Adaptation
+    adapter: Adapter
+    targets: list[Target]
+    layers: dict[str, StructuredLayer]
+    expressions: dict[str, Weight]
+    branches: dict[str, Branch]
+    borrowers: list[tuple[Target, str]]
+    shared: dict[str, Tensor]
+    gate_rules: dict[str, GateRule]
+    train: list[str]
+    ranks: dict[str, int | None]
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(
+    model: nn.Module,
+    resolved: Resolved,
+    *,
+    rank: int | None = None,
+    targets: Targets | None = None,
+    name: str = "default",
+    seed: int = 0,
+    train: Sequence[str] = (),
+    heads: bool = True,
+    blank: bool = False,
+    ranks: Mapping[str, int | None] | None = None,
+) -> Prepared:
+    """Build an adapter beside a model that is not touched.
+
+    Args:
+        model: the model.
+        resolved: the recipe.
+        rank: as for `adapt`, like the next four.
+        targets: which weights.
+        name: of the adapter.
+        seed: of every random choice.
+        train: modules to train whole.
+        heads: add a freshly initialised task head to `train`.
+        blank: build shapes only, the values will be loaded.
+        ranks: the rank of every path, where it is known already.
+    """
+    existing = adaptation_of(model)
+    _check_name(name, existing)
+    adaptation = existing or Adaptation(model)
+    chosen = chosen_targets(model, resolved, targets)
+    lenders, borrowers = follow_ties(model, chosen, resolved)
+    trained = find_modules(model, train)
+    trained += [head for head in task_heads(model) if heads and head not in trained]
+    _refuse_overlap(lenders, trained)
+    layers = (
+        {} if resolved.structure.traits["activations"] else {t.path: adaptation.layer_for(t) for t in lenders}
+    )
+    explicit = not (targets is None or (isinstance(targets, str) and targets in PRESETS))
+    notes = [f"{t.path} shares its tensor with {path} and follows it" for t, path in borrowers]
+    if ranks is None:
+        ranks = allotted_ranks(resolved, layers or {t.path: None for t in lenders}, rank, explicit, notes)
+    key = f"{name}:{resolved.structure.name}"
+    common = {"seed": seed, "blank": blank, "gates": adaptation.carrier.gates, "gate_key": key}
+    sites = _sites(model, resolved, lenders, layers, common)
+    planned = _plan_shared(resolved, sites, ranks, seed)
+    built = {path: _build(resolved, _with_shared(site, planned), ranks[path]) for path, site in sites.items()}
+    weights = {p: b for p, b in built.items() if isinstance(b, Weight)}
+    branches = {p: b for p, b in built.items() if isinstance(b, Branch)}
+    _refuse_layers(layers, weights)
+    record = _record(resolved, seed, ranks, [t.path for t in lenders], trained) | {"plan": planned.digest()}
+    adapter = Adapter(name, record, resolved.structure.traits["stage"], [t.path for t in lenders])
+    adapter.shared = {key: _attribute(name, key) for key in planned.shared}
+    gate = resolved.structure.traits["gate"]
+    rules = {} if gate is None else {key: gate(**resolved.options)}
+    return Prepared(
+        adaptation, adapter, lenders, layers, weights, branches, borrowers, dict(planned.shared), rules,
+        trained, dict(ranks), notes,
+    )  # fmt: skip
+
+
+def _refuse_layers(layers: Mapping[str, StructuredLayer], weights: Mapping[str, Weight]) -> None:
+    for path, expression in weights.items():
+        reason = layers[path].refuse(expression)
+        if reason:
+            raise UnsupportedLayer(f"{path} {reason}")
+
+
+def _check_name(name: str, existing: Adaptation | None) -> None:
+    if not _NAME.fullmatch(name):
+        raise InvalidOption(f"an adapter's name has letters, digits, '-' and '_' only, not {name!r}")
+    if existing is not None and name in existing.adapters:
+        raise InvalidOption(
+            f"the model already holds an adapter {name!r}; choose another name or remove it first"
+        )
+
+
+def _refuse_overlap(targets: list[Target], trained: list[str]) -> None:
+    for target in targets:
+        for path in trained:
+            if target.path == path or target.path.startswith(path + "."):
+                raise Incompatible(
+                    f"{target.path} is both adapted and trained whole (train={path!r}); choose one"
+                )
+
+
+def _sites(
+    model: nn.Module,
+    resolved: Resolved,
+    targets: list[Target],
+    layers: Mapping[str, StructuredLayer],
+    common: Mapping[str, Any],
+) -> dict[str, Place]:
+    if resolved.structure.traits["activations"]:
+        return {t.path: _output_site(model, t, common) for t in targets}
+    init = (resolved.init, resolved.init_options) if resolved.init else None
+    return {path: _weight_site(path, layer, init, common) for path, layer in layers.items()}
+
+
+def _weight_site(path: str, layer: StructuredLayer, init: Any, common: Mapping[str, Any]) -> Site:
+    stored = getattr(layer.original, "weight", None)
+    dtype, device = _place_of(stored if isinstance(stored, Tensor) else layer.matrix())
+    return Site(
+        path=path,
+        layer=layer,
+        base=layer.base(),
+        shape=layer.shape,
+        init=init,
+        dtype=dtype,
+        device=device,
+        **common,
+    )
+
+
+def _output_site(model: nn.Module, target: Target, common: Mapping[str, Any]) -> OutputSite:
+    first = next(target.module.parameters(), torch.zeros(()))
+    dtype, device = _place_of(first)
+    return OutputSite(path=target.path, width=_width(model, target), dtype=dtype, device=device, **common)
+
+
+def _place_of(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return (torch.float64 if tensor.dtype == torch.float64 else torch.float32), tensor.device
+
+
+def _width(model: nn.Module, target: Target) -> int:
+    config = getattr(model, "config", None)
+    found = [getattr(config, attribute, None) for attribute in ("hidden_size", "d_model", "n_embd", "dim")]
+    found.append(getattr(target.module, "out_features", None))
+    width = next((w for w in found if isinstance(w, int)), None)
+    if width is None:
+        raise UnsupportedLayer(
+            f"{target.path}: the width of its output is not known; its model has no hidden_size"
+        )
+    return width
+
+
+def _plan_shared(
+    resolved: Resolved, sites: Mapping[str, Place], ranks: Mapping[str, int | None], seed: int
+) -> Planned:
+    planner = resolved.structure.traits["plan"]
+    if planner is None:
+        return Planned()
+    made: Planned = planner(sites, ranks, seed=derived_seed(seed, "shared"), **resolved.options)
+    return made
+
+
+def _with_shared(site: Place, planned: Planned) -> Place:
+    """Let a site read the shared tensors from a stand-in for the model, which is not touched yet."""
+    if not isinstance(site, Site) or not planned.shared:
+        return site
+    root = nn.Module()
+    for key, tensor in planned.shared.items():
+        setattr(root, key, tensor)
+    keys = {key: key for key in planned.shared}
+    return replace(site, root=root, shared=keys, planned=planned.sites.get(site.path, {}))
+
+
+def _attribute(name: str, key: str) -> str:
+    return f"rankfold_{name.replace('-', '_')}_{key}"
+
+
+def _build(resolved: Resolved, site: Place, rank: int | None) -> Weight | Branch:
+    arguments: list[Any] = [site] if rank is None else [site, rank]
+    result: Weight | Branch = resolved.structure.build(*arguments, **resolved.options)
+    return result
+
+
+def _record(
+    resolved: Resolved, seed: int, ranks: Mapping[str, int | None], paths: list[str], trained: list[str]
+) -> dict[str, Any]:
+    return {
+        "recipe": resolved.recipe.to_dict(),
+        "seed": seed,
+        "targets": paths,
+        "ranks": {path: ranks[path] for path in paths},
+        "train": trained,
+    }
+
+
+# Putting in place -------------------------------------------------------------------------------------
+
+
+def install(model: nn.Module, prepared: Prepared) -> Adaptation:
+    """Put a prepared adapter in place and make it the active one."""
+    adaptation, adapter = prepared.adaptation, prepared.adapter
+    attach(model, adaptation)
+    Checkpoints.take_over(model)
+    for key, tensor in prepared.shared.items():
+        _register(model, adapter.shared[key], tensor)
+    for path, expression in prepared.expressions.items():
+        _own_pools(expression, model, adapter)
+        prepared.layers[path].adapters[adapter.name] = expression.train(model.training)
+    for target in prepared.targets:
+        if target.path in prepared.layers:
+            adaptation.place(target, prepared.layers[target.path])
+    for target, lender in prepared.borrowers:
+        layer = adaptation.layer_for(target)
+        layer.borrow(prepared.layers[lender])
+        adaptation.place(target, layer)
+    for path, branch in prepared.branches.items():
+        _attach_branch(model, adapter, path, branch)
+    for key, rule in prepared.gate_rules.items():
+        adaptation.carrier.add(key, rule)
+        adapter.gate_keys.add(key)
+    adaptation.add(adapter, prepared.train)
+    return adaptation
+
+
+def _register(model: nn.Module, attribute: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        model.register_parameter(attribute, nn.Parameter(tensor.detach()))
+    else:
+        model.register_buffer(attribute, tensor)
+
+
+def _own_pools(expression: Weight, model: nn.Module, adapter: Adapter) -> None:
+    for leaf in expression.leaves():
+        if isinstance(leaf, Pooled):
+            leaf.own(model, adapter.shared[leaf.key])
+
+
+def _attach_branch(model: nn.Module, adapter: Adapter, path: str, branch: Branch) -> None:
+    module = model.get_submodule(path)
+    module.add_module(_attribute(adapter.name, "branch"), branch)
+    handle = module.register_forward_hook(branch.hook, prepend=True)
+    adapter.branches[path] = (branch, handle)

@@ -1,0 +1,941 @@
+"""The generic battery: facts that every registered structure keeps, from every start that it accepts.
+
+The checks are generated from the catalogue, so a method passes them by being registered. What it cannot do it says in
+its registration (`layers`, `limit`, `multiple`, `gate`, `activations`, `refuses`), and the battery then asserts that
+it refuses aloud. Another package runs the battery over its own methods:
+
+    import pytest
+    from battery import check_method
+
+    @pytest.mark.parametrize("check", check_method("my-method"), ids=str)
+    def test_my_method(check):
+        check()
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import random
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hosts import KINDS, SHAPES, Blocks, Host, blocks, token_ids
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import rankfold as rf
+from rankfold.errors import Incompatible, NotDense, RankfoldError
+from rankfold.layers import Adaptation, StructuredLayer, StructuredTransposedLinear, require
+from rankfold.methods.recipe import resolve
+from rankfold.methods.registry import Method, StepZero
+from rankfold.weights import Gated, Leaf, Normalized, Sum, Weight
+
+EXACT = 1e-9  # relative to the largest entry, in float64
+HALF = 0.05  # likewise, where bfloat16 is involved
+
+
+@dataclass(frozen=True)
+class Point:
+    """A structure with one of the starts that it accepts.
+
+    Attributes:
+        structure: its entry in the catalogue.
+        init: that of the initialiser, or None where there is nothing to initialise.
+        options: of the structure.
+    """
+
+    structure: Method
+    init: Method | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = [self.structure.name, *([self.init.name] if self.init else [])]
+        options = [f"{k}={v}" for k, v in self.options.items() if k not in self.structure.traits["example"]]
+        return "/".join(parts) + (f"({', '.join(options)})" if options else "")
+
+    @property
+    def recipe(self) -> rf.Recipe:
+        """The recipe to adapt with."""
+        return rf.Recipe((self.structure.name, self.options), self.init.name if self.init else None)
+
+    @property
+    def rank(self) -> int | None:
+        """A rank that fits small weights, or None where the structure has none."""
+        multiple = self.structure.traits["multiple"](self._filled)
+        return None if self.structure.traits["rank"] is None else multiple * max(1, 2 // multiple)
+
+    def largest_rank(self, shape: tuple[int, int]) -> int | None:
+        """The most that a weight can hold; where there is no limit, more than either side and than 32."""
+        limit, multiple = self.structure.traits["limit"], self.structure.traits["multiple"](self._filled)
+        if self.structure.traits["rank"] is None:
+            return None
+        return (limit(shape) if limit else 40) // multiple * multiple  # type: ignore[no-any-return]
+
+    @property
+    def _filled(self) -> dict[str, Any]:
+        return {**self.structure.options, **self.options}
+
+    @property
+    def start(self) -> StepZero:
+        """The step-0 promise of the parts together: the weaker one."""
+        promises = [self.structure.start, *([self.init.start] if self.init else [])]
+        other = [p for p in promises if p.kind == "other"]
+        return other[0] if other else max(promises, key=lambda p: p.tolerance)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the start is the paper's own."""
+        default = self.structure.traits["init"]
+        return self.init is None or self.init.name == (default if isinstance(default, str) else default[0])
+
+    @property
+    def on_activations(self) -> bool:
+        """Whether a module's output is edited, not a weight."""
+        return bool(self.structure.traits["activations"])
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the change needs the whole model to know where it is open."""
+        return self.structure.traits["gate"] is not None
+
+    @property
+    def has_matrix(self) -> bool:
+        """Whether the changed weight is a matrix, the same for every token."""
+        return not (self.on_activations or self.is_gated)
+
+    @property
+    def targets(self) -> str:
+        """What is adapted in the model of blocks."""
+        if self.on_activations or "linear" in self.structure.traits["layers"]:
+            return str(self.structure.traits["targets"])
+        return "embeddings"
+
+    def refuses(self, host: Host) -> bool:
+        """Whether the registration says that a layer is refused."""
+        traits = self.structure.traits
+        return host.kind not in traits["layers"] or host.name in traits.get("refuses", ())
+
+
+@dataclass(frozen=True)
+class Check:
+    """A named fact about a point; calling it asserts the fact.
+
+    Attributes:
+        point: what is checked.
+        name: a sentence.
+        run: raises AssertionError where the fact does not hold.
+        is_slow: takes seconds and rarely finds anything.
+    """
+
+    point: Point
+    name: str
+    run: Callable[[], None]
+    is_slow: bool = False
+
+    def __call__(self) -> None:
+        self.run()
+
+    def __str__(self) -> str:
+        return f"{self.point}: {self.name}"
+
+
+def points(name: str, **options: Any) -> list[Point]:
+    """Return a structure with every start that it accepts, options without which it cannot be built filled in."""
+    structure = next(m for m in rf.methods("structure") if m.name == name)
+    options = {**structure.traits["example"], **options}
+    if structure.traits["init"] is None:
+        return [Point(structure, None, options)]
+    return [Point(structure, i, options) for i in rf.methods("init") if _accepts(structure, i, options)]
+
+
+def _accepts(structure: Method, init: Method, options: Mapping[str, Any]) -> bool:
+    try:
+        resolve(rf.Recipe((structure.name, options), init.name), {})
+    except Incompatible:
+        return False
+    return True
+
+
+def check_method(name: str, **options: Any) -> list[Check]:
+    """Return every check of a registered structure.
+
+    Args:
+        name: of the structure.
+        options: of the structure, beside its `example`.
+    """
+    return [check for point in points(name, **options) for check in check_point(point)]
+
+
+def check_point(point: Point) -> Iterator[Check]:
+    """Yield every check of one point."""
+    yield Check(point, "the registration describes the method", partial(describes_itself, point))
+    yield Check(point, "refuses starts that have no meaning for it", partial(refuses_other_inits, point))
+    if not point.on_activations:
+        yield from _layer_checks(point)
+    for check in MODEL_CHECKS:
+        sentence = (check.__doc__ or check.__name__).split("\n")[0].rstrip(".").lower()
+        slow = check is compiles and not point.is_own
+        yield Check(point, sentence, partial(check, point), slow)
+
+
+def _layer_checks(point: Point) -> Iterator[Check]:
+    for host in (*SHAPES, *KINDS):
+        if point.refuses(host):
+            yield Check(point, f"refuses aloud: {host.name}", partial(refuses_aloud, point, host))
+        elif point.has_matrix:
+            for check in LAYER_CHECKS:
+                sentence = (check.__doc__ or check.__name__).split("\n")[0].rstrip(".").lower()
+                yield Check(point, f"{sentence}: {host.name}", partial(check, point, host))
+    if point.has_matrix:
+        yield Check(
+            point, "apply equals dense at the largest rank", partial(applies_at_the_largest_rank, point)
+        )
+        yield Check(
+            point, "counted multiply-adds are the real ones", partial(counts_its_multiplications, point)
+        )
+
+
+# Making models ----------------------------------------------------------------------------------------
+
+
+def adapted(point: Point, model: nn.Module, targets: str, **arguments: Any) -> nn.Module:
+    """Return the model, adapted in place."""
+    return rf.adapt(model, point.recipe, targets=targets, **{"rank": point.rank, **arguments})
+
+
+def adapted_layer(point: Point, host: Host, dtype: torch.dtype = torch.float64, **arguments: Any) -> nn.Module:
+    """Return the adapted model of one layer."""
+    return adapted(point, host.model(dtype), host.path, **arguments)
+
+
+def adapted_blocks(point: Point, dtype: torch.dtype = torch.float32, **arguments: Any) -> Blocks:
+    """Return the adapted model of blocks, moved away from its start."""
+    return disturbed(adapted(point, blocks(dtype), point.targets, **arguments))  # type: ignore[return-value]
+
+
+def disturbed(model: nn.Module, seed: int = 7, size: float = 0.3) -> nn.Module:
+    """Add noise to everything that trains: at a zero start many mistakes cannot be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in trainable(model).items():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        parameter.data.add_(size * noise)
+    return model
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what trains, by name."""
+    return {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
+def structured(model: nn.Module) -> StructuredLayer:
+    """Return the one layer of a model that holds an expression."""
+    return next(m for m in model.modules() if isinstance(m, StructuredLayer) and m.expression is not None)
+
+
+def expression_of(model: nn.Module) -> Weight:
+    """Return the expression of the one adapted layer."""
+    expression = structured(model).expression
+    assert expression is not None
+    return expression
+
+
+def through_matrix(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the output of the original layer with `dense()` in the place of its weight."""
+    layer = structured(model)
+    matrix = expression_of(model).dense()
+    if isinstance(layer, StructuredTransposedLinear):
+        matrix = matrix.T
+    if layer.materialised:
+        name = "layer.in_proj_weight" if matrix.shape[0] > matrix.shape[1] else "layer.out_proj.weight"
+        plain = rf.remove(copy.deepcopy(model))
+        return functional_call(plain, {name: matrix}, (x,))
+    stored = layer.original.weight
+    return functional_call(layer.original, {"weight": matrix.reshape(stored.shape)}, (x,))  # type: ignore[union-attr,operator,arg-type]
+
+
+def gradients(output: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Return the gradients of a fixed random function of the output."""
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output.dtype)
+    return list(torch.autograd.grad((output * weights).sum(), tensors, allow_unused=True))
+
+
+def loss_gradients(model: nn.Module, *batches: Tensor) -> dict[str, Tensor]:
+    """Return the gradients after one backward over several forwards."""
+    model.zero_grad()
+    sum(model(batch).float().square().mean() for batch in batches).backward()  # type: ignore[union-attr]
+    found = {name: p.grad for name, p in trainable(model).items()}
+    missing = [name for name, grad in found.items() if grad is None]
+    assert not missing, f"no gradient reaches {missing}"
+    return {name: grad.clone() for name, grad in found.items() if grad is not None}
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Assert that two tensors differ by at most a share of the largest expected entry."""
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape} instead of {expected.shape}"
+    difference = (actual.double() - expected.double()).abs().max() if actual.numel() else torch.zeros(())
+    scale = expected.double().abs().max().clamp_min(1e-3) if expected.numel() else torch.ones(())
+    assert difference <= tolerance * scale, f"{what} is off by {float(difference / scale):.1e} of its largest"
+
+
+def assert_same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Assert that two sets of named tensors are equal, bit for bit."""
+    assert list(actual) == list(expected), f"{what}: the names differ"
+    wrong = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not wrong, f"{what}: {wrong} differ"
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return everything that `remove` has to restore."""
+    return {
+        "state": {key: value.clone() for key, value in model.state_dict().items()},
+        "modules": [(name, type(module)) for name, module in model.named_modules()],
+        "flags": [(name, p.requires_grad) for name, p in model.named_parameters()],
+        "parameters": [(name, id(p)) for name, p in model.named_parameters()],
+        "hooks": [
+            (name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()
+        ],
+        "attributes": [(name, sorted(m.__dict__)) for name, m in model.named_modules()],
+    }
+
+
+def assert_untouched(model: nn.Module, before: Mapping[str, Any]) -> None:
+    """Assert that a model is what it was, bit for bit."""
+    after = snapshot(model)
+    assert_same(after.pop("state"), before["state"], "state_dict")
+    for what, value in after.items():
+        assert value == before[what], f"{what} were {before[what]} and are {value}"
+
+
+# The registration -------------------------------------------------------------------------------------
+
+
+def describes_itself(point: Point) -> None:
+    """The registration says what the method is."""
+    for method in filter(None, (point.structure, point.init)):
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", method.name), f"the name {method.name!r}"
+        assert method.title, "the title is empty"
+        assert 1900 < method.year < 2100, f"the year {method.year}"
+        assert re.fullmatch(r"(\d{4}\.\d{4,5})?", method.arxiv), f"the arXiv id {method.arxiv!r}"
+        assert re.fullmatch(r"([\w.-]+/[\w.-]+)?", method.code), f"the repository {method.code!r}"
+        assert method.formula, "the formula is empty"
+        assert "\n" not in method.formula, "the formula has several lines"
+        assert method.status in ("tested", "experimental"), f"the status {method.status!r}"
+        assert method.doc, "its module has no docstring"
+        assert method.build.__doc__, "its function has no docstring"
+        assert json.loads(json.dumps(method.to_dict()))["name"] == method.name
+
+
+def refuses_other_inits(point: Point) -> None:
+    """Starts that have no meaning are refused."""
+    for init in rf.methods("init"):
+        if not _accepts(point.structure, init, point.options):
+            with pytest.raises(Incompatible, match=re.escape(init.name)):
+                adapted(Point(point.structure, init, point.options), blocks(), point.targets)
+
+
+# One layer --------------------------------------------------------------------------------------------
+
+
+def refuses_aloud(point: Point, host: Host) -> None:
+    """A layer that the registration excludes is refused in one sentence, and the model stays as it is."""
+    model = host.model()
+    before = snapshot(model)
+    with pytest.raises(RankfoldError, match="layer") as refusal:
+        adapted(point, model, host.path)
+    assert point.structure.name in str(refusal.value), f"the method is not named: {refusal.value}"
+    assert_untouched(model, before)
+
+
+def starts_as_promised(point: Point, host: Host) -> None:
+    """Step 0 is what was promised."""
+    x, base = host.input(torch.float32), host.model(torch.float32)
+    assert_start(point.start, adapted_layer(point, host, torch.float32)(x), base(x))
+
+
+def assert_start(promise: StepZero, output: Tensor, base: Tensor) -> None:
+    """Assert a step-0 promise."""
+    if promise.kind == "exact":
+        assert torch.equal(output, base), f"off by {(output - base).abs().max():.1e}"
+    elif promise.kind == "near":
+        assert_close(output, base, promise.tolerance, "the output at step 0")
+    else:
+        assert (output - base).abs().max() > 1e-4 * base.abs().max(), f"{promise}, yet it is the base's output"
+
+
+def applies_its_matrix(point: Point, host: Host) -> None:
+    """Apply equals dense, forward and backward."""
+    model, x = disturbed(adapted_layer(point, host)), host.input()
+    assert_applies_matrix(model, x)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_close(model(x), through_matrix(model, x), EXACT, "the output without gradients")
+
+
+def assert_applies_matrix(model: nn.Module, x: Tensor) -> None:
+    """Assert that output and gradients are those of the matrix."""
+    tensors = [*trainable(model).values(), *([x] if x.requires_grad else [])]
+    output, expected = model(x), through_matrix(model, x)
+    assert_close(output, expected, EXACT, "the output")
+    for actual, wanted, tensor in zip(
+        gradients(output, tensors), gradients(expected, tensors), tensors, strict=True
+    ):
+        assert actual is not None, f"no gradient reaches a tensor of shape {tuple(tensor.shape)}"
+        wanted = torch.zeros_like(tensor) if wanted is None else wanted
+        assert_close(actual, wanted, EXACT, f"the gradient of shape {tuple(tensor.shape)}")
+
+
+def applies_at_the_largest_rank(point: Point) -> None:
+    """Apply equals dense at the largest rank."""
+    for host in (h for h in SHAPES if not point.refuses(h)):
+        out, columns = host.model().layer.weight.shape
+        model = adapted_layer(point, host, rank=point.largest_rank((out, columns)))
+        assert_applies_matrix(disturbed(model), host.input())
+
+
+def has_true_gradients(point: Point, host: Host) -> None:
+    """Gradients are those of finite differences."""
+    model, x = disturbed(adapted_layer(point, host)), host.input()
+    for module in model.modules():
+        if isinstance(module, Normalized):
+            module.detach = False  # a norm that autograd takes for a constant has another gradient by design
+    tensors = [*trainable(model).values(), *([x] if x.requires_grad else [])]
+
+    def output(*_: Tensor) -> Tensor:
+        return model(x)  # type: ignore[no-any-return]
+
+    # The differences are taken by changing the model's own tensors in place.
+    assert torch.autograd.gradcheck(output, tensors, atol=1e-6, rtol=1e-4)
+
+
+def accepts_every_batch_shape(point: Point, host: Host) -> None:
+    """Inputs may have any leading dimensions, none and empty included, and any strides."""
+    model, x = disturbed(adapted_layer(point, host)), host.input().detach()
+    whole = model(x)
+    if host.kind == "linear":
+        assert_close(model(x.flatten(0, -2)[0]), whole.flatten(0, -2)[0], EXACT, "one token")
+        assert_close(model(x.mT.contiguous().mT), whole, EXACT, "a transposed input")
+        assert_close(model(x[None, None]), whole[None, None], EXACT, "more dimensions")
+        many = x.flatten(0, -2).repeat(40, 1)
+        assert_close(model(many), whole.flatten(0, -2).repeat(40, 1), EXACT, "many tokens")
+    if host.kind != "attention":
+        assert model(x[:0]).shape == whole[:0].shape, "an empty batch"
+        assert_close(model(x[:1]), whole[:1], EXACT, "a batch of one")
+
+
+def has_its_transpose(point: Point, host: Host) -> None:
+    """The transposed expression is the transposed matrix."""
+    expression = expression_of(disturbed(adapted_layer(point, host)))
+    matrix = expression.dense()
+    x = normal_tensor(3, matrix.shape[0])
+    assert_close(expression.T.dense(), matrix.T, EXACT, "the transpose")
+    assert_close(expression.T(x), x @ matrix, EXACT, "applying the transpose")
+    assert_close(expression.rows(torch.tensor([[0, 2]])), matrix[None, [0, 2]], EXACT, "rows")
+    assert_close(expression.T.rows(torch.tensor([1])), matrix.T[[1]], EXACT, "rows of the transpose")
+
+
+def normal_tensor(*shape: int, seed: int = 5) -> Tensor:
+    """Return normal numbers in float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def folds(point: Point, host: Host) -> None:
+    """Fold equals forward, and leaves plain layers."""
+    model, x, plain = disturbed(adapted_layer(point, host)), host.input(), host.model()
+    wanted = model(x)
+    rf.fold(model)
+    assert_close(model(x), wanted, EXACT, "the folded output")
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()], "layers are not plain"
+    assert list(model.state_dict()) == list(plain.state_dict()), "names of the state_dict"
+
+
+def is_removed(point: Point, host: Host) -> None:
+    """Remove restores the model bit for bit."""
+    model = host.model()
+    before, frozen_bias = snapshot(model), next(iter(model.parameters()))
+    assert_untouched(rf.remove(disturbed(adapted(point, model, host.path))), before)
+    frozen_bias.requires_grad_(False)
+    before = snapshot(model)
+    adapted(point, model, host.path)(host.input()).sum().backward()
+    assert_untouched(rf.remove(model), before)
+
+
+def counts_itself(point: Point, host: Host) -> None:
+    """Counted numbers are the real ones."""
+    model = adapted_layer(point, host)
+    expected = sum(p.numel() for p in trainable(model).values())
+    planned = rf.plan(host.model(), point.recipe, targets=host.path, rank=point.rank)
+    assert planned.trainable == rf.summary(model).trainable == expected
+    kept = {place[0]: place for place in require(model).owned("default").items()}
+    stored = sum(getattr(owner, name).numel() for _, (owner, name) in kept.values())
+    assert planned.stored == stored, f"the plan says {planned.stored} stored, it is {stored}"
+    assert "*" in expression_of(model).formula(), "no leaf of the formula is marked as trained"
+
+
+def counts_its_multiplications(point: Point) -> None:
+    """Counted multiply-adds are those that a forward without gradients makes."""
+    for host in (h for h in SHAPES if not point.refuses(h)):
+        expression = expression_of(disturbed(adapted_layer(point, host)))
+        for tokens in (1, 50):
+            counted, real = expression.macs(tokens), multiplications(expression, tokens)
+            assert real <= counted, f"{host.name}: {real} are made for {tokens} tokens, {counted} are counted"
+            least = tokens * expression.shape[0] * expression.shape[1]
+            assert real >= least, f"{host.name}: {real} cannot be right"
+
+
+def multiplications(expression: Weight, tokens: int) -> int:
+    """Return the multiply-adds in matrix products of a forward without gradients, its caches filled."""
+    x = normal_tensor(tokens, expression.shape[1])
+    with torch.no_grad():
+        expression(x)
+        with FlopCounterMode(display=False) as counter:
+            expression(x)
+    return int(counter.get_total_flops()) // 2
+
+
+LAYER_CHECKS = (
+    starts_as_promised,
+    applies_its_matrix,
+    has_true_gradients,
+    accepts_every_batch_shape,
+    has_its_transpose,
+    folds,
+    is_removed,
+    counts_itself,
+)
+
+
+# The whole model --------------------------------------------------------------------------------------
+
+
+def starts_as_promised_in_blocks(point: Point) -> None:
+    """Step 0 of a whole model is what was promised."""
+    ids = token_ids()
+    model = adapted(point, blocks(), point.targets)
+    assert_start(point.start, model(ids), blocks()(ids))
+
+
+def trains_what_it_declares(point: Point) -> None:
+    """Gradients reach exactly what is declared to train."""
+    model = adapted_blocks(point)
+    adaptation = require(model)
+    places = {id(getattr(owner, name)): key for key, (owner, name) in adaptation.owned("default").items()}
+    loss_gradients(model, token_ids())
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in places), f"{name}: requires_grad"
+        grad = parameter.grad
+        assert parameter.requires_grad or grad is None, f"{name} is frozen and got a gradient"
+        if parameter.requires_grad:
+            assert grad is not None, f"{name} got no gradient"
+            assert grad.isfinite().all(), f"{name} got a gradient that is not finite"
+            assert grad.any(), f"{name} got a gradient of zeros"
+    total = sum(p.numel() for p in trainable(model).values())
+    planned = rf.plan(blocks(), point.recipe, targets=point.targets, rank=point.rank)
+    assert rf.summary(model).trainable == planned.trainable == total
+
+
+def learns(point: Point) -> None:
+    """A few steps of training lower the loss."""
+    model, ids = adapted(point, blocks(), point.targets).train(), token_ids()
+    wanted = blocks()(ids) + torch.randn(3, ids.shape[1], 4, generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.Adam(trainable(model).values(), lr=0.02)
+    torch_state = torch.get_rng_state()
+    losses = [_step(model, optimizer, ids, wanted) for _ in range(25)]
+    torch.set_rng_state(torch_state)
+    assert losses[-1] < 0.98 * losses[0], f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, wanted: Tensor) -> float:
+    optimizer.zero_grad()
+    loss = (model(ids) - wanted).square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def is_the_change_where_its_gate_is_open(point: Point) -> None:
+    """A gated term is its matrix where the gate is open, and nothing where it is closed."""
+    if not point.is_gated or point.on_activations:
+        return
+    model, ids = adapted_blocks(point, torch.float64), token_ids()
+    model(ids)
+    path, expression = next(iter(require(model).expressions("default").items()))
+    gates = next(m for m in expression.modules() if isinstance(m, Gated))
+    open_at = gates.gates.current[gates.key]
+    assert open_at.any(), "the gate is closed everywhere"
+    assert not open_at.all(), "the gate is open everywhere"
+    x = normal_tensor(*ids.shape, expression.shape[1])
+    assert_close(expression(x), _gated(expression, x, open_at), EXACT, f"{path} by its gate")
+    closed = expression(x)[~open_at.bool()]
+    assert torch.equal(closed, require(model).layers[path].original(x)[~open_at.bool()] - _bias(model, path))
+
+
+def _bias(model: nn.Module, path: str) -> Tensor | float:
+    bias = require(model).layers[path]._parameters["bias"]
+    return 0.0 if bias is None else bias
+
+
+def _gated(expression: Weight, x: Tensor, gate: Tensor) -> Tensor:
+    assert isinstance(expression, Sum), "a gate stands on the terms of a sum"
+    total = torch.zeros((), dtype=x.dtype)
+    for term in expression.parts():
+        inner = term.inner if isinstance(term, Gated) else term
+        y = x @ inner.dense().T  # type: ignore[operator,union-attr]
+        total = total + (y * gate[..., None] if isinstance(term, Gated) else y)
+    return total
+
+
+def folds_in_blocks(point: Point) -> None:
+    """Fold equals forward in a whole model, or is refused aloud where there is no matrix."""
+    model, ids = adapted_blocks(point), token_ids()
+    wanted = model(ids)
+    if not point.has_matrix:
+        before = snapshot(model)
+        with pytest.raises(NotDense, match="cannot be folded|no dense matrix"):
+            rf.fold(model)
+        assert_untouched(model, before)
+        assert torch.equal(model(ids), wanted)
+        return
+    rf.fold(model)
+    assert_close(model(ids), wanted, 1e-4, "the folded output")
+    assert list(model.state_dict()) == list(blocks().state_dict()), "names of the state_dict"
+
+
+def is_removed_from_blocks(point: Point) -> None:
+    """Remove restores a whole model bit for bit."""
+    model, ids = blocks(), token_ids()
+    list(model.parameters())[1].requires_grad_(False)
+    before, wanted = snapshot(model), model(ids)
+    adapted(point, model, point.targets)
+    loss_gradients(disturbed(model), ids)
+    rf.remove(model)
+    assert_untouched(model, before)
+    assert torch.equal(model(ids), wanted)
+    assert not any("rankfold" in key for module in model.modules() for key in module.__dict__)
+
+
+def copies_are_apart(point: Point) -> None:
+    """A deep copy and a pickled copy share nothing with the model."""
+    model, ids = adapted_blocks(point), token_ids()
+    wanted = model(ids).detach()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - our own bytes
+        assert torch.equal(twin(ids), wanted), "the copy gives another output"
+        shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in twin.parameters()}
+        assert not shared, "the copy shares memory with the model"
+        loss_gradients(twin, ids)
+        assert all(p.grad is None for p in model.parameters()), "the copy's gradients reach the model"
+        disturbed(twin, seed=8)
+        assert not torch.equal(twin(ids), wanted), "the copy does not follow its own parameters"
+        assert torch.equal(model(ids), wanted), "the model follows the copy's parameters"
+
+
+class Draws(TorchDispatchMode):
+    """Notes which random operations run, and whether any draws from the global generator."""
+
+    _NAMES = ("rand", "randn", "randint", "randperm", "normal", "normal_", "uniform_", "bernoulli", "multinomial")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seeded, self.unseeded = 0, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket.__name__.removesuffix("_like") in self._NAMES:
+            given = any(isinstance(a, torch.Generator) for a in (*args, *(kwargs or {}).values()))
+            self.seeded, self.unseeded = self.seeded + given, self.unseeded + (not given)
+        return func(*args, **(kwargs or {}))
+
+
+def start_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return every tensor that the adapter brought, the fixed ones included."""
+    adaptation: Adaptation = require(model)
+    found = {key: getattr(owner, name) for key, (owner, name) in adaptation.owned("default").items()}
+    for path, expression in adaptation.expressions("default").items():
+        leaves = [leaf for leaf in expression.leaves() if leaf.name != "W0"]
+        found.update({f"{path}:{leaf.name}": leaf.tensor() for leaf in leaves})
+    return {key: value.detach().clone() for key, value in found.items()}
+
+
+def is_determined_by_its_seed(point: Point) -> None:
+    """The seed alone determines the adapter, and global generators are not touched."""
+    torch_state, python_state, numpy_state = (
+        torch.get_rng_state(),
+        random.getstate(),
+        np.random.get_state(legacy=True),  # noqa: NPY002 - that it is not touched is the point
+    )
+    with Draws() as draws:
+        first = start_values(adapted(point, blocks(), point.targets, seed=3))
+    assert torch.equal(torch.get_rng_state(), torch_state), "torch's global generator was used"
+    assert random.getstate() == python_state, "Python's global generator was used"
+    assert np.array_equal(np.random.get_state(legacy=True)[1], numpy_state[1]), "numpy's was used"  # noqa: NPY002
+    assert not draws.unseeded, "something was drawn without a generator"
+    assert_same(start_values(adapted(point, blocks(), point.targets, seed=3)), first, "the same seed")
+    other = start_values(adapted(point, blocks(), point.targets, seed=4))
+    differs = any(not torch.equal(other[key], first[key]) for key in first)
+    assert differs == bool(draws.seeded), f"another seed {'changed' if differs else 'did not change'} the start"
+
+
+def starts_each_weight_by_itself(point: Point) -> None:
+    """A weight's start does not depend on which others are adapted."""
+    if point.structure.traits["plan"] is not None:
+        return
+    all_of_them = start_values(adapted(point, blocks(), point.targets))
+    path = sorted(all_of_them)[-1].partition(":")[0]
+    alone = start_values(adapted(point, blocks(), path))
+    assert_same(alone, {key: all_of_them[key] for key in alone}, "adapted alone")
+
+
+def keeps_float32_over_bfloat16(point: Point) -> None:
+    """Over a bfloat16 base the factors and their gradients are float32, and results are close to float32's."""
+    ids = token_ids()
+    half, full = blocks(torch.bfloat16), blocks(torch.bfloat16).float()
+    half, full = (disturbed(adapted(point, model, point.targets)) for model in (half, full))
+    wrong = [name for name, p in trainable(half).items() if p.dtype != torch.float32]
+    assert not wrong, f"{wrong} are not float32"
+    output, wanted = half(ids), full(ids)
+    assert output.dtype == torch.bfloat16, f"the output is {output.dtype}"
+    assert_close(output, wanted, HALF, "the output")
+    assert_gradients_close(loss_gradients(half, ids), loss_gradients(full, ids))
+
+
+def assert_gradients_close(actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Assert float32, finite gradients that point the same way."""
+    for name, grad in actual.items():
+        assert grad.dtype == torch.float32, f"the gradient of {name} is {grad.dtype}"
+        assert grad.isfinite().all(), f"the gradient of {name} is not finite"
+    flat, expected = (torch.cat([g.flatten() for g in each.values()]) for each in (actual, wanted))
+    error = (flat - expected).norm() / expected.norm()
+    assert error < 2 * HALF, f"the gradients are off by {error:.1e} of their norm"
+
+
+def runs_under_autocast(point: Point) -> None:
+    """Under bfloat16 autocast it runs, close to float32, with float32 gradients."""
+    model, ids = adapted_blocks(point), token_ids()
+    wanted, expected = model(ids).detach(), loss_gradients(model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(model(ids), wanted, HALF, "the output")
+        actual = loss_gradients(model, ids)
+    assert_gradients_close(actual, expected)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert_close(model(ids), wanted, HALF, "the output without gradients")
+    assert_close(model(ids), wanted, 1e-6, "the output after autocast")
+
+
+def compiles(point: Point) -> None:
+    """It compiles to one graph that gives the same output and gradients."""
+    model, ids = adapted_blocks(point), token_ids()
+    expected, wanted = model(ids).detach(), loss_gradients(model, ids)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(ids), expected, 1e-5, "the compiled output")
+    model.zero_grad()
+    compiled(ids).square().mean().backward()
+    for name, parameter in trainable(model).items():
+        assert parameter.grad is not None, f"no gradient reaches {name}"
+        assert_close(parameter.grad, wanted[name], 1e-4, f"the compiled gradient of {name}")
+    torch._dynamo.reset()
+
+
+def is_called_functionally(point: Point) -> None:
+    """torch.func.functional_call uses the tensors that it is given."""
+    model, ids = adapted_blocks(point), token_ids()
+    before = model(ids)
+    given = {name: p.detach() + 0.1 for name, p in trainable(model).items()}
+    output = functional_call(model, given, (ids,))
+    assert torch.equal(model(ids), before), "the model was changed"
+    assert not torch.equal(output, before), "the tensors were not used"
+    model.load_state_dict(given, strict=False)
+    assert_close(output, model(ids), 1e-6, "the output")
+    with torch.no_grad():
+        assert_close(functional_call(model, given, (ids,)), output, 1e-6, "the output without gradients")
+
+
+def keeps_its_state(point: Point) -> None:
+    """A state_dict holds the whole state, and the base keeps its names in it."""
+    model, ids = adapted_blocks(point), token_ids()
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert set(blocks().state_dict()) <= set(state), "names of the base are missing"
+    other = adapted(point, blocks(), point.targets)
+    with torch.no_grad():
+        assert not torch.equal(other(ids), model(ids))
+    other.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        assert torch.equal(other(ids), model(ids))
+
+
+def sees_every_change(point: Point) -> None:
+    """What is kept without gradients never outlives a change of the weights."""
+    model, ids = adapted_blocks(point), token_ids()
+    for change in (_in_place, _by_optimizer, _by_loading, _by_data, _of_the_base):
+        with torch.no_grad():
+            model(ids), model(ids)
+        change(model)
+        with torch.no_grad():
+            kept = model(ids)
+        assert_close(kept, model(ids).detach(), 1e-5, f"the output after a change {change.__name__}")
+
+
+def _in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.1)
+
+
+def _by_optimizer(model: nn.Module) -> None:
+    model.zero_grad()
+    model(token_ids()).sum().backward()
+    torch.optim.SGD(trainable(model).values(), lr=0.1).step()
+
+
+def _by_loading(model: nn.Module) -> None:
+    model.load_state_dict({key: 1.1 * value for key, value in model.state_dict().items()})
+
+
+def _by_data(model: nn.Module) -> None:
+    model.train()
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data + 0.1
+    model.eval()
+
+
+def _of_the_base(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+
+
+def is_saved(point: Point) -> None:
+    """Saving and loading restores the adapter bit for bit, and saving again writes the same bytes."""
+    model, ids = adapted_blocks(point), token_ids()
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = Path(folder, "first"), Path(folder, "second")
+        rf.save(model, first)
+        loaded = rf.load(blocks(), first)
+        assert torch.equal(loaded(ids), model(ids)), "the loaded model gives another output"
+        assert list(trainable(loaded)) == list(trainable(model)), "other parameters train"
+        assert_same(start_values(loaded), start_values(model), "loaded")
+        rf.save(loaded, second)
+        for file in sorted(first.iterdir()):
+            assert file.read_bytes() == (second / file.name).read_bytes(), f"{file.name} differs"
+
+
+def shares_the_model(point: Point) -> None:
+    """Two adapters live in one model, each as if it were alone."""
+    ids, base = token_ids(), blocks()(token_ids())
+    model = adapted_blocks(point, name="one")
+    first = model(ids).detach()
+    disturbed(adapted(point, model, point.targets, name="two", seed=1), seed=9)
+    second = model(ids).detach()
+    assert not torch.equal(first, second)
+    alone = disturbed(adapted(point, blocks(), point.targets, name="two", seed=1), seed=9)
+    assert_close(second, alone(ids).detach(), 1e-6, "the second adapter")
+    assert torch.equal(rf.use(model, "one")(ids), first), "the first adapter, used again"
+    _use_both(point, model, ids)
+    with rf.disabled(model):
+        assert torch.equal(model(ids), base), "the model without its adapters"
+    rf.use(rf.remove(model, "two"), "one")
+    assert torch.equal(model(ids), first), "the first adapter, the second removed"
+    assert torch.equal(rf.remove(model)(ids), base)
+
+
+def _use_both(point: Point, model: nn.Module, ids: Tensor) -> None:
+    try:
+        together = rf.use(model, ["one", "two"])(ids)
+    except Incompatible:
+        rf.use(model, "one")
+        return
+    with torch.no_grad():
+        assert_close(model(ids), together, 1e-5, "both adapters without gradients")
+    loss_gradients(model, ids)
+    if point.has_matrix:
+        assert_close(rf.fold(copy.deepcopy(model))(ids), together, 1e-4, "both adapters folded")
+
+
+def is_checkpointed(point: Point) -> None:
+    """Gradient checkpointing changes no gradient, also with two forwards before one backward."""
+    model, batches = adapted_blocks(point), (token_ids(0), token_ids(1))
+    wanted = loss_gradients(model, *batches)
+    for reentrant in (False, True):
+        model.reentrant = reentrant
+        for name, grad in loss_gradients(model, *batches).items():
+            assert_close(grad, wanted[name], 1e-5, f"the gradient of {name}, use_reentrant={reentrant}")
+
+
+def is_moved(point: Point) -> None:
+    """A change of the model's dtype after adapting is followed."""
+    model, ids = adapted_blocks(point), token_ids()
+    wanted = model(ids).detach()
+    with torch.no_grad():
+        model(ids)
+        assert_close(model.double()(ids), wanted, 1e-5, "the output in float64")
+        assert_close(model.bfloat16()(ids), wanted, 2 * HALF, "the output in bfloat16")
+    loss_gradients(model, ids)
+
+
+def refuses_bad_input(point: Point) -> None:
+    """Impossible ranks and options are refused in one sentence, and the model stays as it is."""
+    model = blocks()
+    before = snapshot(model)
+    bad: list[dict[str, Any]] = [{"rank": 0}, {"rank": -1}, {"rank": True}, {"rank": 2.5}, {"unheard_of": 1}]
+    bad += [{name: float("nan")} for name, default in point.structure.options.items() if _is_number(default)]
+    bad += [{"alpha": value} for value in (0, -1.0, float("nan")) if "alpha" in point.structure.options]
+    bad += [{"dropout": value} for value in (-0.1, 1.0, 2) if "dropout" in point.structure.options]
+    if point.structure.traits["limit"] and not point.on_activations:
+        bad.append({"rank": 1000 * (point.rank or 1)})
+    if point.rank and point.structure.traits["multiple"](point._filled) > 1:
+        bad.append({"rank": point.rank + 1})
+    for arguments in bad:
+        with pytest.raises(RankfoldError) as refusal:
+            _adapt_with(point, model, arguments)
+        assert str(refusal.value), f"{arguments} are refused without a word"
+        assert_untouched(model, before)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float)
+
+
+def _adapt_with(point: Point, model: nn.Module, arguments: dict[str, Any]) -> None:
+    given = {k: v for k, v in arguments.items() if k != "rank"}
+    recipe = rf.Recipe((point.structure.name, {**point.options, **given}), point.recipe.init)
+    rf.adapt(model, recipe, targets=point.targets, rank=arguments.get("rank", point.rank))
+
+
+MODEL_CHECKS = (
+    starts_as_promised_in_blocks,
+    trains_what_it_declares,
+    learns,
+    is_the_change_where_its_gate_is_open,
+    folds_in_blocks,
+    is_removed_from_blocks,
+    copies_are_apart,
+    is_determined_by_its_seed,
+    starts_each_weight_by_itself,
+    keeps_float32_over_bfloat16,
+    runs_under_autocast,
+    compiles,
+    is_called_functionally,
+    keeps_its_state,
+    sees_every_change,
+    shares_the_model,
+    is_checkpointed,
+    is_moved,
+    refuses_bad_input,
+)
+__all__ = ["Check", "Leaf", "Point", "check_method", "check_point", "points"]
