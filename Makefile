@@ -2,6 +2,7 @@
 # make test       lint, types, rooms, tests          make bench          ratios against the floor and against peft
 # make test-all   the slow tests too                 make check-engines  read exports with the servers' own loaders
 # make lint       all checks that run no test        make format         let ruff rewrite the files
+# make docs       write docs/methods.md              make clean          remove what was built
 #
 # Needs Python 3.11 or newer, git and make; PYTHON=python3.12 chooses another interpreter, WORKERS=8 more processes.
 
@@ -30,7 +31,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench check-engines clean
+.PHONY: help install demo test test-all lint format docs bench check-engines clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -89,6 +90,9 @@ test: lint
 test-all: lint
 	@echo "==> pytest, the slow tests too"
 	@$(PYTEST) -m "slow or not slow" < /dev/null
+
+docs: install
+	@$(BIN)/python tools/make_catalogue.py < /dev/null
 
 format: install
 	@$(BIN)/ruff check --quiet --fix .

@@ -208,7 +208,7 @@ def accuracy_figure(rows: Sequence[Row]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, PercentFormatter
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(5.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for row, look in zip(rows, LOOKS, strict=False):
         low, high = row.interval
@@ -258,7 +258,7 @@ def loss_figure(rows: Sequence[Row]) -> Figure:
     """Training loss over the steps, smoothed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(5.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for row, look in zip(rows, LOOKS, strict=False):
         curve = smoothed(row.losses)
@@ -307,7 +307,7 @@ def _style() -> str:
 body {{ margin: 0 auto; padding: 1rem; max-width: 46rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word }}
 h1 {{ font-size: 1.5rem; line-height: 1.25 }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem }}
-figure {{ margin: 1.5rem 0 }} svg {{ display: block; width: 100%; height: auto }}
+figure {{ margin: 1.5rem 0 }} svg {{ display: block; width: 100%; max-width: 38rem; height: auto }}
 svg text {{ font-family: system-ui, sans-serif !important }}
 figcaption, .quiet {{ color: var(--quiet); font-size: .9rem }}
 .wide {{ overflow-x: auto }}

@@ -56,7 +56,7 @@ def adapt(
     settings = _settings(context.params, config, Path(out) if resume and out else None)
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; standard output is the result's
         result = _perform(settings, resume=resume, overwrite=overwrite, dry_run=dry_run)
-    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
+    _say(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
 
 
 def _settings(given: dict[str, Any], config: Path | None, resumed: Path | None) -> RunConfig:
@@ -81,6 +81,12 @@ def _perform(settings: RunConfig, *, resume: bool, overwrite: bool, dry_run: boo
 
     if dry_run:
         return plan_run(settings)
-    return run(
-        settings, resume=resume, overwrite=overwrite, notify=lambda message: typer.echo(message, err=True)
-    )
+    return run(settings, resume=resume, overwrite=overwrite, notify=lambda message: _say(message, err=True))
+
+
+def _say(message: str, *, err: bool = False) -> None:
+    """Print, unless this is one of several processes and not the first."""
+    from rankfold.training.run import is_main_process
+
+    if is_main_process():
+        typer.echo(message, err=err)

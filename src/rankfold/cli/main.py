@@ -1,7 +1,7 @@
 """The `rankfold` command: its verbs, and how errors become one sentence and an exit code."""
 
 import logging
-import os
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -68,7 +68,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _quieten() -> None:
-    """Silence remarks of libraries on what they found or lack; what matters of it is said by the run."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    """Silence libraries that remark on what they lack when they are imported; warnings are plain sentences."""
+    warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -17,6 +17,7 @@ from .carrier import Carrier
 from .foreign import check_known
 from .layer import StructuredAttention, StructuredForeign, StructuredLayer, kind_of, why_refused
 from .targets import Target
+from .watch import end_watch
 from .watch import FirstForward
 
 STAGES = ("transform", "modulate", "add", "normalise", "activation")
@@ -301,6 +302,7 @@ class Adaptation:
     def dissolve(self) -> None:
         """Put every original layer back and restore `requires_grad`."""
         self.carrier.discard(set(self.carrier.rules))
+        end_watch(self.root)
         for path, module in list(self.root.named_modules(remove_duplicate=False)):
             if isinstance(module, StructuredLayer) and path:
                 if _get_module(self.root, path) is module:
@@ -345,7 +347,7 @@ class InferencePath:
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
-        self._encoders: list[tuple[nn.Module, bool]] = []
+        self._encoders: list[tuple[nn.TransformerEncoder, bool]] = []
         self._seen: set[str] = set()
 
     def avoid(self, root: nn.Module, path: str) -> None:
@@ -367,8 +369,8 @@ class InferencePath:
         for handle in self._handles:
             handle.remove()
         for module, nested in self._encoders:
-            module.use_nested_tensor = nested  # type: ignore[assignment]
-        self.__init__()  # type: ignore[misc]
+            module.use_nested_tensor = nested
+        self._handles, self._encoders, self._seen = [], [], set()
 
 
 def _no_change(module: nn.Module, args: Any) -> None:

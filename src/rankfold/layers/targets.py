@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import UnknownTarget, UnsupportedLayer, near_names
-from .layer import StructuredAttention, StructuredLayer, kind_of
+from .layer import StructuredAttention, StructuredLayer, kind_of, why_refused
 
 PRESETS = {
     "all-linear": "every linear layer but the output head",
@@ -22,6 +22,7 @@ PRESETS = {
 }
 _ATTENTION = re.compile(r"attn|attention|self_attn|selfattention|encdecattention|\battn", re.IGNORECASE)
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out", "cls", "output_projection")
+_TASK = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice)$")
 Targets = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
 
 
@@ -41,15 +42,24 @@ class Target:
 
 
 def candidates(model: nn.Module) -> Iterator[Target]:
-    """Yield every module that can hold an expression, in the order of the model, tied modules included."""
+    """Yield every module that can hold an expression, in the order of the model, tied modules included.
+
+    A place that can be reached on two paths, inside a block that stands in the model twice, is named by the first.
+    """
     skipped: set[str] = set()
-    for path, module in model.named_modules(remove_duplicate=False):
+    places: set[tuple[int, str]] = set()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, module in modules.items():
         if path in skipped or not path or any(path.startswith(s + ".") for s in skipped):
             continue
+        parent, _, name = path.rpartition(".")
+        if (id(modules[parent]), name) in places:
+            continue
+        places.add((id(modules[parent]), name))
         original = module.original if isinstance(module, StructuredLayer) else module
         if isinstance(original, nn.MultiheadAttention):
             skipped.update({f"{path}.out_proj", f"{path}.in_proj"})
-            if original._qkv_same_embed_dim:
+            if original.in_proj_weight is not None:
                 yield Target(f"{path}.in_proj", module, "in_proj")
             yield Target(f"{path}.out_proj", module, "out_proj")
         elif isinstance(module, StructuredLayer):
@@ -72,35 +82,50 @@ def _inside_block(model: nn.Module, path: str) -> bool:
 
 
 def output_heads(model: nn.Module) -> set[str]:
-    """Return the names of the output head and of task heads, which no preset includes."""
-    heads = {name for name, _ in model.named_children() if name in _HEADS}
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if head is not None:
-        heads |= {name for name, module in model.named_modules(remove_duplicate=False) if module is head}
+    """Return the names of the output head and of task heads, which no preset includes.
+
+    They are the parts of a transformers model outside its base model, its output embeddings, and, in any model,
+    children with a head's usual name.
+    """
+    heads = set(_own_heads(model))
+    for path, module in model.named_modules():
+        if path and hasattr(module, "get_output_embeddings"):
+            heads |= {f"{path}.{name}" for name in _own_heads(module)}
     return heads
 
 
+def _own_heads(model: nn.Module) -> list[str]:
+    """Return the names of a model's heads."""
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if callable(getter) else None
+    named = [name for name, m in model.named_modules(remove_duplicate=False) if output is not None and m is output]
+    base = getattr(model, "base_model", model)
+    for name, child in model.named_children():
+        outside = base is not model and child is not base and next(child.parameters(), None) is not None
+        if name not in named and (outside or name in _HEADS):
+            named.append(name)
+    return named
+
+
 def _is_linear(target: Target) -> bool:
-    module = target.module.original if isinstance(target.module, StructuredLayer) else target.module
-    return isinstance(module, nn.Linear | nn.MultiheadAttention) or type(module).__name__ == "Conv1D"
+    return not isinstance(_plain(target), nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 def _preset(model: nn.Module, name: str, found: list[Target]) -> list[Target]:
-    heads = output_heads(model)
-    inner = [t for t in found if not any(t.path == h or t.path.startswith(h + ".") for h in heads)]
-    linear = [t for t in inner if _is_linear(t)]
-    if name == "all-linear":
-        return linear
-    if name == "attention":
-        return [t for t in linear if _in_attention(t)]
-    if name == "mlp":
-        return [t for t in linear if _in_block(t) and not _in_attention(t)]
+    if name == "blocks":
+        return list(blocks(model))
     if name == "embeddings":
         return [t for t in found if isinstance(_plain(t), nn.Embedding)]
     if name == "convolutions":
         return [t for t in found if isinstance(_plain(t), nn.Conv1d | nn.Conv2d | nn.Conv3d)]
-    return list(blocks(model))
+    heads = output_heads(model)
+    inner = [t for t in found if not any(t.path == h or t.path.startswith(h + ".") for h in heads)]
+    linear = [t for t in inner if _is_linear(t)]
+    if name == "attention":
+        return [t for t in linear if _in_attention(t)]
+    if name == "mlp":
+        return [t for t in linear if _in_block(t) and not _in_attention(t)]
+    return linear
 
 
 def _plain(target: Target) -> nn.Module:
@@ -178,22 +203,19 @@ def _matched(model: nn.Module, pattern: str | re.Pattern[str], found: list[Targe
 
 def _nothing(model: nn.Module, pattern: str | re.Pattern[str], found: list[Target]) -> list[Target]:
     text = pattern if isinstance(pattern, str) else pattern.pattern
-    others = {p: m for p, m in model.named_modules() if p and not isinstance(pattern, re.Pattern)}
-    refused = [
-        f"{p} ({type(m).__name__})"
-        for p, m in others.items()
-        if matches(p, pattern) and not list(m.children())
-    ]
-    if refused:
-        raise UnsupportedLayer(
-            f"target {text!r} matches {refused[0]}, which is no layer that can hold an expression"
-        )
+    refused = [(p, m) for p, m in model.named_modules() if p and matches(p, pattern)]
+    refused.sort(key=lambda named: any(named[1].children()))
+    if refused and text not in PRESETS:
+        path, module = refused[0]
+        raise UnsupportedLayer(f"target {text!r} matches {path}, but a {type(module).__name__} {why_refused(module)}")
     names = {t.path.rpartition(".")[2] for t in found} | {t.path for t in found} | set(PRESETS)
     listed = sorted({t.path.rpartition(".")[2] for t in found if not t.path.rpartition(".")[2].isdigit()})
     hint = (
         near_names(text, names - {text})
         or f"; the model has {', '.join(listed[:12]) or 'no layer that can be adapted'}"
     )
+    if kind_of(model) is not None:
+        hint = ", which is itself a layer; wrap it, for example in nn.Sequential"
     raise UnknownTarget(f"target {text!r} matches nothing in {type(model).__name__}{hint}")
 
 
@@ -203,9 +225,10 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     Raises:
         UnknownTarget: a name is that of no module.
     """
-    modules = dict(model.named_modules())
+    adapted = [f"{p}.adapters" for p, m in model.named_modules() if isinstance(m, StructuredLayer)]
+    modules = {p: m for p, m in model.named_modules() if not p.startswith(tuple(adapted))}
     result: list[str] = []
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         hits = [path for path in modules if path and matches(path, name)]
         if not hits:
             raise UnknownTarget(
@@ -216,9 +239,11 @@ def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def task_heads(model: nn.Module) -> list[str]:
-    """Return the freshly initialised head of a transformers task model, `score` or `classifier`, if it has one."""
-    task = re.search(r"For(Sequence|Token|Image|Audio|Video)\w*Classification$", type(model).__name__)
-    return [name for name, _ in model.named_children() if task and name in ("score", "classifier")]
+    """Return the freshly initialised heads of a transformers task model, such as `score` or `classifier`."""
+    if not _TASK.search(type(model).__name__):
+        return []
+    heads = _own_heads(model)
+    return [name for name, child in model.named_children() if name in heads and any(True for _ in child.parameters())]
 
 
 def attention_projection(target: Target) -> bool:

@@ -51,6 +51,14 @@ class _Called:
             self.watch.waiting.discard(self.path)
 
 
+def end_watch(model: nn.Module) -> None:
+    """Stop watching a model whose adapters are taken away before its first forward."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, _FirstForward | _Called)]:
+                del hooks[key]
+
+
 def watch_first_forward(model: nn.Module, layers: Mapping[str, StructuredLayer]) -> FirstForward:
     """Raise in the first forward of a model that leaves one of these layers uncalled.
 

@@ -192,6 +192,7 @@ def structure(
     activations: bool = False,
     targets: str = "all-linear",
     example: Mapping[str, Any] | None = None,
+    refuses: Sequence[str] = (),
     **about: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a structure: `build(site, rank, *, options) -> Weight` (or a Branch, for `activations`).
@@ -210,6 +211,7 @@ def structure(
         activations: the change acts on a module's output.
         targets: the default targets.
         example: options without which it cannot be built, for tests and documentation.
+        refuses: the weights of the generic battery that it refuses, such as "odd" where sides have to be even.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
     traits = {

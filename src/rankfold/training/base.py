@@ -1,6 +1,7 @@
 """The pretrained model and tokenizer that a run or an adapter starts from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,8 +105,9 @@ def load_base(model: str, task: str, *, labels: Sequence[str] | None = None, dty
         # A head for other classes is replaced by a new one, which is then trained.
         options["ignore_mismatched_sizes"] = True
     try:
-        loaded, info = auto.from_pretrained(model, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        with _silence():
+            loaded, info = auto.from_pretrained(model, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except Exception as error:  # every file format and model class fails in its own way
         raise FormatError(f"the model {model} cannot be loaded to {task}: {_first_line(error)}") from error
     _ensure_padding(loaded, tokenizer)
@@ -124,6 +126,22 @@ def length_limit(base: Base, asked: int | None) -> int:
     if asked is not None and asked > limit:
         raise InvalidOption(f"max-length is {asked}; the model holds at most {limit} tokens")
     return asked or min(DEFAULT_LENGTH, limit)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep transformers from listing what is new in the model: `Base.fresh` says it. Downloads keep their bar."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _name_classes(config: "PretrainedConfig", labels: Sequence[str] | None) -> None:

@@ -85,7 +85,7 @@ def read_table(source: str, *, header: bool = True) -> Table:
         return _filled(Table(source, _hub(source)))
     try:
         table = reader()
-    except (RankfoldError, MemoryError):
+    except (RankfoldError, ImportError, MemoryError):
         raise
     except Exception as error:  # each format's own library has its own exceptions
         raise DataError(f"{source} cannot be read or holds no rows: {_cause(error)}") from error

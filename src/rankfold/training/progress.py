@@ -3,8 +3,8 @@
 import sys
 from typing import Any
 
+from tqdm.auto import tqdm  # type: ignore[import-untyped]  # published without types
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils.logging import tqdm
 
 
 class ProgressBar(TrainerCallback):

@@ -93,23 +93,23 @@ def run(
         raise InvalidOption("a run needs a folder for its adapter: name one with --out")
     folder = RunFolder(Path(config.out))
     point = recipe(config.method, config.set)
-    if _is_main_process():
+    if is_main_process():
         folder.check(resume=resume, overwrite=overwrite)
     arguments = _training_arguments(config, folder)
     prepared = prepare(config)
     config = prepared.config
-    notify(f"{config.task}: {len(prepared.training):,} examples from {config.data}")
-    if prepared.base.fresh:
-        notify(f"new, so trained whole: {', '.join(prepared.base.fresh)}")
     model: nn.Module = prepared.base.model
     model.to(arguments.device)
     rf.adapt(model, point, **_adapt_arguments(prepared))
     _train_in_float32(model)
+    if is_main_process():
+        folder.start(config, overwrite=overwrite)
+    notify(f"{config.task}: {len(prepared.training):,} examples from {config.data}")
+    if prepared.base.fresh:
+        notify(f"new, so trained whole: {', '.join(prepared.base.fresh)}")
     with rf.disabled(model):
         before = _score(model, prepared)
     notify(f"before: {before} on {prepared.scored_on}")
-    if _is_main_process():
-        folder.start(config, overwrite=overwrite)
     trainer = _trainer(model, arguments, prepared, progress)
     seconds = _train(trainer, folder.last_checkpoint() if resume else None, notify)
     counts = rf.summary(model)
@@ -234,5 +234,6 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
+    """Say whether this process writes and speaks: the only one, or the first that torchrun started."""
     return os.environ.get("RANK", "0") == "0"

@@ -88,8 +88,8 @@ class Composite(Weight):
                 self._kept = None
             return self.derived()
         if self._tensors is None:
-            self._tensors = [leaf for leaf in self.leaves() if leaf.stored or isinstance(leaf, Base)]
-            self._tensors += [leaf for leaf in self.leaves() if hasattr(leaf, "pool")]
+            self._tensors = [leaf for leaf in self.sources() if leaf.stored or isinstance(leaf, Base)]
+            self._tensors += [leaf for leaf in self.sources() if hasattr(leaf, "pool")]
         now = versions([leaf.pool() if hasattr(leaf, "pool") else leaf.tensor() for leaf in self._tensors])
         if self._kept is None or not same_versions(self._kept[0], now):  # type: ignore[arg-type]
             self._kept = (now, self.derived())

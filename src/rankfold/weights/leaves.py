@@ -79,6 +79,10 @@ class Base(Leaf):
         """The expression that stands in the base's place, if any."""
         return self._inner[0] if self._inner else None
 
+    def below(self) -> Weight | None:
+        """Return the expression that stands in the base's place, if any."""
+        return self.inner
+
     def stand_on(self, expression: Weight | None) -> None:
         """Let an expression stand in the base's place; it is not registered here."""
         self._inner = () if expression is None else (expression,)

@@ -48,7 +48,7 @@ def materialised_linear(expression: Weight, x: Tensor, bias: Tensor | None) -> T
     """
     dtype = autocast_dtype(x)
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    leaves = [leaf for leaf in expression.leaves() if leaf.tensor().requires_grad]
+    leaves = [leaf for leaf in expression.sources() if leaf.tensor().requires_grad]
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not leaves:
         return F.linear(x, expression.dense().to(dtype), bias)
     tensors = [leaf.tensor() for leaf in leaves]

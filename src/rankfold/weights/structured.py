@@ -269,9 +269,9 @@ class Reflections(Weight):
         return reflect(x, *self.compact())
 
     def macs(self, tokens: int) -> int:
-        """Return tokens * (2 n r + r^2)."""
+        """Return tokens * (2 n r + r^2), and n r^2 for V^T V."""
         size, rank = self.vectors.shape
-        return tokens * (2 * size * rank + rank * rank)
+        return tokens * (2 * size * rank + rank * rank) + size * rank * rank
 
     def dense_macs(self) -> int:
         """Return the multiply-adds of forming the matrix."""

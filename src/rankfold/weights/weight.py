@@ -136,6 +136,15 @@ class Weight(nn.Module):
                 seen.add(id(module))
                 yield module
 
+    def sources(self) -> Iterator[Leaf]:
+        """Yield every leaf that evaluation reads: those of an expression that stands in a leaf's place, too."""
+        for leaf in self.leaves():
+            below = leaf.below()
+            if below is None:
+                yield leaf
+            else:
+                yield from below.sources()
+
     def leaf(self, name: str) -> Leaf:
         """Return the leaf of that name.
 
@@ -248,6 +257,10 @@ class Leaf(Weight):
     def source(self) -> Tensor:
         """Return the tensor from where it lives."""
         raise NotImplementedError
+
+    def below(self) -> Weight | None:
+        """Return the expression that stands in this leaf's place, if any."""
+        return None
 
     def tensor(self) -> Tensor:
         """Return the tensor as it stands now."""

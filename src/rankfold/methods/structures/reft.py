@@ -73,7 +73,8 @@ class LoReFT(Branch):
 
     def rotation(self) -> Tensor:
         """Return R, (r, d), with orthonormal rows."""
-        q, r = torch.linalg.qr(self.frame)
+        wide = self.frame if self.frame.dtype == torch.float64 else self.frame.float()
+        q, r = torch.linalg.qr(wide)
         rotation: Tensor = (q * torch.sign(torch.diagonal(r))).T
         return rotation
 
