@@ -14,7 +14,7 @@ BIN          := $(VENV)/bin
 ENGINES      := .venv-engines
 ENGINE_PINS  := vllm==0.33.0 sglang==0.5.23
 # What importing the two adapter loaders takes, of all that the servers ask for.
-ENGINE_NEEDS := aiohttp==3.14.5 cbor2==6.2.1 fastapi==0.136.3 ipython==9.18.1 mcp==2.3.0 msgspec==0.22.0 \
+ENGINE_NEEDS := aiohttp==3.14.5 cbor2==6.2.1 fastapi==0.136.3 gguf==0.19.0 ipython==9.18.1 mcp==2.3.0 msgspec==0.22.0 \
                 openai==2.8.0 openai-harmony==0.0.4 orjson==3.13.0 partial-json-parser==0.2.1.1.post7 \
                 pillow==13.0.0 prometheus-client==0.26.0 pybase64==1.5.1 pyzmq==27.3.0 requests==2.34.2 \
                 triton==3.9.0

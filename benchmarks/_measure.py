@@ -23,7 +23,9 @@ def print_header(title: str, *explanation: str) -> None:
     for line in explanation:
         print(f"  {line}")
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    print(f"  on {processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}\n")
+    print(
+        f"  on {processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}\n"
+    )
 
 
 def processor() -> str:

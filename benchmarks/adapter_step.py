@@ -1,6 +1,6 @@
 """One training step of adapted models against the frozen model, beside peft's.
 
-    python benchmarks/adapter_step.py [--methods lora,dora] [--rounds 7] [--json FILE] [--quick]
+python benchmarks/adapter_step.py [--methods lora,dora] [--rounds 7] [--json FILE] [--quick]
 """
 
 import argparse
@@ -99,7 +99,9 @@ def main() -> None:
     parser.add_argument("--libraries", default="rankfold,peft")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the rows here too")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, once, to see that everything runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model, once, to see that everything runs"
+    )
     arguments = parser.parse_args()
     size, rounds = (QUICK, 1) if arguments.quick else (Size(), arguments.rounds)
     wanted = arguments.methods.split(",") if arguments.methods else [case.method for case in CASES]

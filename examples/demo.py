@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shlex
 import shutil
 import sys
@@ -254,8 +255,8 @@ def row_of(run: Run, outcome: Outcome, test: Encoded) -> Row:
 
 
 def three_places(test: Encoded) -> list[int]:
-    """Test examples to show, of three classes, picked before anything is trained."""
-    return [test.labels.index(label) + 1 for label in (0, len(SUBPACKAGES) // 2, len(SUBPACKAGES) - 1)]
+    """Test examples to show, drawn whatever becomes of them."""
+    return random.Random(0).sample(range(len(test)), 3)
 
 
 def cells_of(tried: Sequence[tuple[float, Score]]) -> list[tuple[float, float, float]]:
@@ -320,10 +321,11 @@ def next_commands(base: Path, settings: argparse.Namespace, row: Row) -> list[st
 def show(rows: Sequence[Row], predictions: Sequence[Prediction], best: str) -> None:
     """Print the table and the predictions."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if place else "left", overflow="fold")
+    for place, column in enumerate(COLUMNS[:-1]):  # the last, the learning rate, has been said
+        table.add_column(column, justify="right" if place else "left")
     for row in rows:
-        table.add_row(*row.cells(), style="bold" if row.name == best else "")
+        cells = (cell.replace(" ", "\N{NO-BREAK SPACE}") for cell in row.cells()[:-1])
+        table.add_row(*cells, style="bold" if row.name == best else "")
     say()
     say(table, soft_wrap=False)
     say(f"\nThree predictions of {best}, loaded from its files:")

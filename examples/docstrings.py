@@ -40,7 +40,7 @@ SPLIT_SIZES = {"test": 100, "validation": 30, "train": 180}
 LARGEST_SHARE = {"test": 10, "validation": 10, "train": 30}
 """Examples taken from one module at most, so that no module speaks for its class."""
 
-MOST_MODULES = 160
+MOST_MODULES = 130
 """Modules of each class that are read at most: enough for every split, and quick."""
 
 SKIPPED = {"tests", "testing", "_vendor"}
@@ -60,6 +60,9 @@ GIVEAWAYS = frozenset(
     | {"networkx", "nx", "numpy", "np"}
 )
 """Library names, their aliases and their sub-packages; masked in every text, whatever its class."""
+
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 @dataclass(frozen=True)
@@ -172,12 +175,20 @@ def _modules(root: Path, package: str, chance: random.Random) -> list[Path]:
 def _documented(root: Path, path: Path, label: int) -> Iterator[Example]:
     parts = path.relative_to(root).with_suffix("").parts
     module = ".".join(part for part in parts if part != "__init__")
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            text = " ".join((ast.get_docstring(node) or "").split())[:LONGEST_TEXT]
-            text = mask(text, hidden_names(module, node.name))
-            if len(re.findall(r"[A-Za-z]{2,}", text.replace(MASK, ""))) >= FEWEST_WORDS:
-                yield Example(text, label, module, node.name)
+    for node in _definitions(ast.parse(path.read_text(encoding="utf-8"))):
+        text = " ".join((ast.get_docstring(node) or "").split())[:LONGEST_TEXT]
+        text = mask(text, hidden_names(module, node.name))
+        if len(re.findall(r"[A-Za-z]{2,}", text.replace(MASK, ""))) >= FEWEST_WORDS:
+            yield Example(text, label, module, node.name)
+
+
+def _definitions(parent: ast.AST) -> Iterator[Definition]:
+    """Functions and classes below a node, without a look into the expressions: those are most of a tree."""
+    for block in ("body", "orelse", "finalbody"):
+        for node in getattr(parent, block, ()):
+            if isinstance(node, Definition):
+                yield node
+            yield from _definitions(node)
 
 
 def _split_by_module(

@@ -216,7 +216,7 @@ def accuracy_figure(rows: Sequence[Row]) -> Figure:
         axes.plot(row.trained, row.accuracy, look.marker, color=look.light, markersize=8)
     axes.set_xscale("log")
     smallest, largest = (pick(row.trained for row in rows) for pick in (min, max))
-    axes.set_xlim(smallest / 2.5, largest * 3)
+    axes.set_xlim(smallest / 5, largest * 4)
     axes.set_ylim(*_limits(rows))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
@@ -307,7 +307,8 @@ def _style() -> str:
 body {{ margin: 0 auto; padding: 1rem; max-width: 46rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word }}
 h1 {{ font-size: 1.5rem; line-height: 1.25 }} h2 {{ font-size: 1.15rem; margin-top: 2.2rem }}
-figure {{ margin: 1.5rem 0 }} svg {{ display: block; width: 100%; max-width: 38rem; height: auto }}
+figure {{ margin: 1.5rem 0 }}
+svg {{ display: block; width: 100%; max-width: 38rem; height: auto; margin: auto }}
 svg text {{ font-family: system-ui, sans-serif !important }}
 figcaption, .quiet {{ color: var(--quiet); font-size: .9rem }}
 .wide {{ overflow-x: auto }}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 16
 EVALUATION_BATCH_SIZE = 50
-HEAD_RATE = 5e-3
+HEAD_RATE = 1e-2
 """Learning rate of the freshly initialised head where it is not the only thing that trains."""
 
 WARM_UP = 0.1
@@ -46,12 +46,12 @@ class Method:
 
 
 METHODS = (
-    Method("head only", (5e-3, 1e-2, 2e-2), 0.4),
-    Method("full", (1e-4, 2e-4, 4e-4), 1.5),
-    Method("lora", (1e-3, 2e-3, 4e-3), 1.0, {"method": "lora", "rank": 8}),
-    Method("dora", (1e-3, 2e-3, 4e-3), 1.2, {"method": "dora", "rank": 8}),
-    Method("lora-xs", (2e-3, 5e-3, 1e-2), 1.0, {"method": "lora-xs", "rank": 16}),
-    Method("vera", (5e-3, 1e-2, 2e-2), 1.1, {"method": "vera", "rank": 256}),
+    Method("head only", (1e-2, 2e-2, 4e-2), 0.5),
+    Method("full", (1e-4, 2e-4, 4e-4), 1.6),
+    Method("lora", (2e-3, 4e-3, 8e-3), 1.0, {"method": "lora", "rank": 8}),
+    Method("dora", (2e-3, 4e-3, 8e-3), 1.15, {"method": "dora", "rank": 8}),
+    Method("lora-xs", (1e-2, 2e-2, 4e-2), 1.0, {"method": "lora-xs", "rank": 16}),
+    Method("vera", (1e-2, 2e-2, 4e-2), 1.4, {"method": "vera", "rank": 128}),
 )
 
 

@@ -335,6 +335,8 @@ def describes_itself(point: Point) -> None:
         assert method.status in ("tested", "experimental"), f"the status {method.status!r}"
         assert method.doc, "its module has no docstring"
         assert method.build.__doc__, "its function has no docstring"
+        unknown = set(method.traits.get("refuses", ())) - {host.name for host in (*SHAPES, *KINDS)}
+        assert not unknown, f"it refuses {unknown}, of which the battery knows nothing"
         assert json.loads(json.dumps(method.to_dict()))["name"] == method.name
 
 
@@ -417,7 +419,7 @@ def has_true_gradients(point: Point, host: Host) -> None:
         return model(x)  # type: ignore[no-any-return]
 
     # The differences are taken by changing the model's own tensors in place.
-    assert torch.autograd.gradcheck(output, tensors, atol=1e-6, rtol=1e-4)
+    assert torch.autograd.gradcheck(output, tensors, atol=1e-6, rtol=1e-4, fast_mode=True)
 
 
 def accepts_every_batch_shape(point: Point, host: Host) -> None:
@@ -549,11 +551,10 @@ def trains_what_it_declares(point: Point) -> None:
 def learns(point: Point) -> None:
     """A few steps of training lower the loss."""
     model, ids = adapted(point, blocks(), point.targets).train(), token_ids()
-    wanted = blocks()(ids) + torch.randn(3, ids.shape[1], 4, generator=torch.Generator().manual_seed(2))
+    wanted = blocks()(ids).detach() + torch.randn(3, ids.shape[1], 4, generator=torch.Generator().manual_seed(2))
     optimizer = torch.optim.Adam(trainable(model).values(), lr=0.02)
-    torch_state = torch.get_rng_state()
-    losses = [_step(model, optimizer, ids, wanted) for _ in range(25)]
-    torch.set_rng_state(torch_state)
+    with torch.random.fork_rng(devices=[]):
+        losses = [_step(model, optimizer, ids, wanted) for _ in range(25)]
     assert losses[-1] < 0.98 * losses[0], f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
 
 
@@ -578,13 +579,8 @@ def is_the_change_where_its_gate_is_open(point: Point) -> None:
     assert not open_at.all(), "the gate is open everywhere"
     x = normal_tensor(*ids.shape, expression.shape[1])
     assert_close(expression(x), _gated(expression, x, open_at), EXACT, f"{path} by its gate")
-    closed = expression(x)[~open_at.bool()]
-    assert torch.equal(closed, require(model).layers[path].original(x)[~open_at.bool()] - _bias(model, path))
-
-
-def _bias(model: nn.Module, path: str) -> Tensor | float:
-    bias = require(model).layers[path]._parameters["bias"]
-    return 0.0 if bias is None else bias
+    base = x @ require(model).layers[path].matrix().T
+    assert torch.equal(expression(x)[~open_at.bool()], base[~open_at.bool()]), "a closed gate lets through"
 
 
 def _gated(expression: Weight, x: Tensor, gate: Tensor) -> Tensor:
@@ -676,8 +672,10 @@ def is_determined_by_its_seed(point: Point) -> None:
         random.getstate(),
         np.random.get_state(legacy=True),  # noqa: NPY002 - that it is not touched is the point
     )
+    model = blocks()
     with Draws() as draws:
-        first = start_values(adapted(point, blocks(), point.targets, seed=3))
+        adapted(point, model, point.targets, seed=3)
+    first = start_values(model)
     assert torch.equal(torch.get_rng_state(), torch_state), "torch's global generator was used"
     assert random.getstate() == python_state, "Python's global generator was used"
     assert np.array_equal(np.random.get_state(legacy=True)[1], numpy_state[1]), "numpy's was used"  # noqa: NPY002
@@ -856,15 +854,20 @@ def shares_the_model(point: Point) -> None:
 
 def _use_both(point: Point, model: nn.Module, ids: Tensor) -> None:
     try:
-        together = rf.use(model, ["one", "two"])(ids)
+        rf.use(model, ["one", "two"])
     except Incompatible:
-        rf.use(model, "one")
         return
+    both = copy.deepcopy(model)
+    together = both(ids)
     with torch.no_grad():
-        assert_close(model(ids), together, 1e-5, "both adapters without gradients")
-    loss_gradients(model, ids)
+        assert_close(both(ids), together, 1e-5, "both adapters without gradients")
+        _in_place(both)
+        kept = both(ids)
+    assert_close(kept, both(ids).detach(), 1e-5, "both adapters without gradients, after a change")
+    loss_gradients(both, ids)
     if point.has_matrix:
-        assert_close(rf.fold(copy.deepcopy(model))(ids), together, 1e-4, "both adapters folded")
+        together = both(ids)
+        assert_close(rf.fold(both)(ids), together, 1e-4, "both adapters folded")
 
 
 def is_checkpointed(point: Point) -> None:
@@ -933,6 +936,7 @@ MODEL_CHECKS = (
     is_called_functionally,
     keeps_its_state,
     sees_every_change,
+    is_saved,
     shares_the_model,
     is_checkpointed,
     is_moved,

@@ -104,7 +104,7 @@ KINDS = (
         lambda: nn.Embedding(10, 6, padding_idx=0),
         lambda g: torch.randint(10, (2, 5), generator=g),
     ),
-    Host("convolution 1d", "convolution", lambda: nn.Conv1d(4, 6, 4, padding="same"), normal(2, 4, 9)),
+    Host("convolution 1d", "convolution", lambda: nn.Conv1d(4, 6, 3, padding="same"), normal(2, 4, 9)),
     Host("convolution 2d", "convolution", lambda: nn.Conv2d(4, 6, (3, 2), 2, 1), normal(2, 4, 6, 5)),
     Host("convolution 3d", "convolution", lambda: nn.Conv3d(2, 4, (1, 2, 3)), normal(1, 2, 3, 4, 4)),
     Host(

@@ -85,6 +85,15 @@ def test_a_language_model_improves_and_the_result_says_by_how_much(causal: RunCo
     assert written["after"]["loss"] == result.after.loss
 
 
+def test_the_next_command_of_what_cannot_be_folded_loads_it(causal: RunConfig) -> None:
+    result = run(replace(causal, method="reft", steps=1), progress=False)
+    program, *words = shlex.split(result.next_command)
+    assert program == "python"
+    command = [sys.executable, *(word for word in words if word != "-i")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert shlex.split(run(causal, overwrite=True, progress=False).next_command)[:2] == ["rankfold", "fold"]
+
+
 def test_a_classifier_learns_its_reviews(classify: RunConfig) -> None:
     result = run(classify, progress=False)
     assert result.after.accuracy == 1.0
@@ -202,6 +211,23 @@ def test_a_killed_process_resumes_to_the_weights_of_one_that_never_stopped(
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from checkpoint-" in resumed.stderr
     assert _same(_weights(through.out), _weights(causal.out))
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_adapter_and_the_first_speaks_alone(
+    classify: RunConfig, tmp_path: Path
+) -> None:
+    words = (
+        f"adapt {classify.model} --data {classify.data} --out {classify.out} --rank 2 --lr 1e-2 --steps 60"
+        " --batch-size 4 --device cpu --json"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "rankfold", *shlex.split(words)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["steps"], result["after"]["accuracy"]) == (60, 1.0)
+    assert done.stderr.count("examples from") == 1
 
 
 def test_a_checkpoint_holds_the_adapter_and_not_the_base(causal: RunConfig) -> None:

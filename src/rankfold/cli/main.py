@@ -68,7 +68,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _quieten() -> None:
-    """Silence libraries that remark on what they lack when they are imported; warnings are plain sentences."""
+    """Silence remarks of libraries on what they lack; show warnings as plain sentences."""
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

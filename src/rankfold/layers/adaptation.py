@@ -17,7 +17,6 @@ from .carrier import Carrier
 from .foreign import check_known
 from .layer import StructuredAttention, StructuredForeign, StructuredLayer, kind_of, why_refused
 from .targets import Target
-from .watch import end_watch
 from .watch import FirstForward
 
 STAGES = ("transform", "modulate", "add", "normalise", "activation")
@@ -34,7 +33,7 @@ class Branch(nn.Module):
         raise NotImplementedError
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the input: the branch is registered in the module that it edits, and an `nn.Sequential` calls it."""
+        """Return the input: registered in an `nn.Sequential` that it edits, the branch is called by it."""
         return hidden
 
     def owned(self) -> dict[str, tuple[Any, str]]:
@@ -53,8 +52,8 @@ class Branch(nn.Module):
             return (self.edit(output[0]), *output[1:])
         if not isinstance(output, Tensor):
             raise UnsupportedLayer(
-                f"the output of {type(module).__name__} is {type(output).__name__}; only a tensor, or a tuple that "
-                "starts with one, can be edited"
+                f"the output of {type(module).__name__} is {type(output).__name__}; only a tensor, or "
+                "a tuple that starts with one, can be edited"
             )
         return self.edit(output)
 
@@ -68,7 +67,7 @@ class Adapter:
         record: everything that a file needs to rebuild it: recipe, ranks, seed, versions.
         stage: where its change stands in the order transform, modulate, add, normalise.
         paths: the adapted modules.
-        shared: attribute name on the root model of every tensor that the adapter shares between layers, by key.
+        shared: attribute name on the root model of every tensor that layers share, by key.
         values: tensors of the modules trained whole, as this adapter left them, by parameter name.
         branches: the modules that edit activations, by path, with the handles of their hooks.
         gate_keys: the gates that it needs.
@@ -206,7 +205,8 @@ class Adaptation:
     def _restore_values(self) -> None:
         """Put the values of the modules trained whole in place: the active adapter's, or the base's.
 
-        Memory is exchanged, not copied: a graph recorded before `disabled` finds its tensors unchanged after it.
+        Memory is exchanged, not copied: a graph recorded before `disabled` finds its tensors unchanged
+        after it.
         """
         values = dict(self.base_values)
         for name in self.active:
@@ -251,6 +251,7 @@ class Adaptation:
         made = self.__dict__.setdefault("_attentions", {})
         path = target.path.rpartition(".")[0]
         if path not in made:
+            assert isinstance(module, nn.MultiheadAttention)
             made[path] = StructuredAttention(module)
         return made[path]  # type: ignore[no-any-return]
 
@@ -302,17 +303,14 @@ class Adaptation:
     def dissolve(self) -> None:
         """Put every original layer back and restore `requires_grad`."""
         self.carrier.discard(set(self.carrier.rules))
-        end_watch(self.root)
         for path, module in list(self.root.named_modules(remove_duplicate=False)):
-            if isinstance(module, StructuredLayer) and path:
-                if _get_module(self.root, path) is module:
-                    _set_module(self.root, path, module.original)
+            if isinstance(module, StructuredLayer) and _get_module(self.root, path) is module:
+                _set_module(self.root, path, module.original)
         for name, parameter in self.root.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(self.flags.get(name, True))
         self.inference_path.restore()
         for attribute in (_HANDLE, "save_pretrained", "load_state_dict", "push_to_hub", _RESIZE):
             self.root.__dict__.pop(attribute, None)
-
 
     # What a model of transformers does with its own embeddings --------------------------------------------
 
@@ -322,14 +320,17 @@ class Adaptation:
         Raises:
             Incompatible: an adapter holds the embedding or the output head.
         """
+        model: Any = self.root
         held = sorted(path for path in self._embeddings() if self._holds(path))
-        if held and (new_num_tokens is not None or args or kwargs):
+        if not held:
+            return type(model).resize_token_embeddings(model, new_num_tokens, *args, **kwargs)
+        embedding = model.get_input_embeddings()
+        if args or kwargs or new_num_tokens not in (None, embedding.weight.shape[0]):
             raise Incompatible(
-                f"{held[0]} is adapted or trained whole, and its rows cannot be resized under the adapter; resize "
-                "before adapting, or fold first"
+                f"{held[0]} is adapted or trained whole, and its rows cannot be resized under the adapter; "
+                "resize before adapting, or fold first"
             )
-        resize: Any = type(self.root).resize_token_embeddings
-        return resize(self.root, new_num_tokens, *args, **kwargs)
+        return embedding
 
     def _embeddings(self) -> list[str]:
         root: Any = self.root
@@ -342,8 +343,11 @@ class Adaptation:
         return structured or any(key.startswith(f"{path}.") for key in self.base_values)
 
 
+_ENCODERS = nn.TransformerEncoder | nn.TransformerEncoderLayer
+
+
 class InferencePath:
-    """Keeps `nn.TransformerEncoder` from its inference path, which reads weights without calling their layers."""
+    """Keeps `nn.TransformerEncoder` off its inference path, which reads weights without calling layers."""
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
@@ -355,7 +359,7 @@ class InferencePath:
         parts = path.split(".")
         for above in (".".join(parts[:i]) for i in range(len(parts))):
             module = root.get_submodule(above)
-            if above in self._seen or not isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+            if above in self._seen or not isinstance(module, _ENCODERS):
                 continue
             self._seen.add(above)
             if isinstance(module, nn.TransformerEncoder):
@@ -418,8 +422,8 @@ def attach(model: nn.Module, adaptation: Adaptation) -> None:
 def use(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
     """Make the named adapters the active ones; the others stay in the model, frozen and without effect.
 
-    Several active adapters act in the order transform, modulate, add, normalise, whatever the order of the names;
-    two that transform act in the order given. Training moves the active ones.
+    Several active adapters act in the order transform, modulate, add, normalise, whatever the order of the
+    names; two that transform act in the order given. Training moves the active ones.
 
     Args:
         model: an adapted model.
@@ -508,8 +512,8 @@ def fold(
     Args:
         model: an adapted model; changed in place and returned.
         requantise: quantise the folded weight of a quantised layer again.
-        report: called with the error of every weight that was quantised again, such as `print` or the `append` of
-            a list; None gives one warning that lists them.
+        report: called with the error of every weight that was quantised again, such as `print` or the
+            `append` of a list; None gives one warning that lists them.
 
     Returns:
         The model.

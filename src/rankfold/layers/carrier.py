@@ -1,8 +1,8 @@
 """Computing gates from a model's inputs, and keeping them right under gradient checkpointing.
 
-Gates are set by a hook on the root model before its forward. Recomputation of a checkpointed block must see the
-gates of the forward that it repeats, also when another forward came in between; so the function that is handed to
-the checkpoint restores them.
+Gates are set by a hook on the root model before its forward. Recomputation of a checkpointed block must see
+the gates of the forward that it repeats, also when another forward came in between; so the function that is
+handed to the checkpoint restores them.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from ..errors import UnsupportedLayer
 def dequantised(module: Any) -> Tensor:
     """Return the matrix (out, in) that a linear module applies, whatever form its weight is kept in.
 
-    A known form is read without calling the module, whose own state may depend on its first call; of any other
-    module the matrix is read off from the identity.
+    A known form is read without calling the module, whose own state may depend on its first call; of any
+    other module the matrix is read off from the identity.
     """
     weight = module.weight
     if _is_four_bit(weight) and weight.quant_state is not None:
@@ -25,7 +25,7 @@ def dequantised(module: Any) -> Tensor:
         matrix: Tensor = weight.dequantize()
         return matrix.detach()
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-    columns = module.forward(torch.eye(module.in_features, dtype=dtype, device=weight.device))
+    columns: Tensor = module.forward(torch.eye(module.in_features, dtype=dtype, device=weight.device))
     return (columns if module.bias is None else columns - module.bias).T.contiguous()
 
 

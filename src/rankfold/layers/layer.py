@@ -1,9 +1,9 @@
 """Layers that hold expressions in the place of a model's own layers.
 
-An adapted layer shares the parameter dictionary of the layer that it stands for: the stored tensors keep their
-names and their identity, so ties, checkpoints, `state_dict` names and moves between devices work by themselves,
-and the original layer can be put back at any time. These classes are no subclasses of the layers that they stand
-for, so code that would rebuild a plain layer fails instead of dropping the change.
+An adapted layer shares the parameter dictionary of the layer that it stands for: the stored tensors keep
+their names and their identity, so ties, checkpoints, `state_dict` names and moves between devices work by
+themselves, and the original layer can be put back at any time. These classes are no subclasses of the layers
+that they stand for, so code that would rebuild a plain layer fails instead of dropping the change.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..weights import LINEAR, Base, Composite, Convolution, Dropped, Foreign, Op, Weight
-from .foreign import dequantised, requantised
+from .foreign import dequantised, identifying, requantised
 
 _HOOKS = (
     "_forward_hooks",
@@ -68,7 +67,7 @@ class StructuredLayer(nn.Module):
             return getattr(original[0], name)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation, the original too: its forward may be the one that is called."""
+        """Switch between training and evaluation, the original too, whose forward may be the one called."""
         self.original.train(mode)
         return super().train(mode)
 
@@ -78,14 +77,14 @@ class StructuredLayer(nn.Module):
         return self._original[0]
 
     @property
-    def borrows(self) -> bool:
-        """Whether its expressions are those of another layer with the same stored tensor."""
-        return bool(self._lender)
+    def lender(self) -> StructuredLayer | None:
+        """The layer with the same stored tensor whose expressions this one uses, if it has none of its own."""
+        return self._lender[0] if self._lender else None
 
     @property
     def expression(self) -> Weight | None:
         """The expression that is applied now, or None where the plain layer is."""
-        active = self._lender[0]._active if self._lender else self._active
+        active = (self.lender or self)._active
         return active[0] if active else None
 
     @property
@@ -137,7 +136,7 @@ class StructuredLayer(nn.Module):
     def refuse(self, expression: Weight) -> str | None:
         """Return why this layer cannot hold an expression, or None."""
         if self.materialised and any(isinstance(m, Dropped) and m.probability for m in expression.modules()):
-            return "reads its weight as a matrix, where dropout on the input of the change has no place; use dropout=0"
+            return "reads its weight as a matrix, where dropout has no place; use dropout=0"
         return None
 
     def extra_repr(self) -> str:
@@ -212,7 +211,7 @@ class StructuredConv(StructuredLayer):
 
 
 class StructuredForeign(StructuredLinear):
-    """A linear layer that keeps its weight in a form of its own, such as a quantised one; its forward is called."""
+    """A linear layer with a form of its own for its weight, such as a quantised one; it is called."""
 
     def matrix(self) -> Tensor:
         """Return the matrix (out, in) that the layer applies."""
@@ -227,9 +226,16 @@ class StructuredForeign(StructuredLinear):
         """Return a new leaf that stands for the foreign layer."""
         return Foreign(self, self.shape)
 
-    def call(self, x: Tensor) -> Tensor:
-        """Call the foreign layer itself, bias included."""
-        return self.original.forward(x)  # type: ignore[no-any-return]
+    def identity(self) -> Tensor:
+        """Return a plain tensor whose memory and version tell whether the stored weight has changed."""
+        return identifying(self.stored())
+
+    def call(self, x: Tensor, *, biased: bool = True) -> Tensor:
+        """Call the foreign layer itself, with its bias or without."""
+        bias = self._parameters["bias"]
+        if biased or bias is None:
+            return self.original.forward(x)  # type: ignore[no-any-return]
+        return functional_call(self.original, {"bias": torch.zeros_like(bias)}, (x,))  # type: ignore[no-any-return]
 
     def store(self, matrix: Tensor) -> None:
         """Quantise a matrix (out, in) as the old weight was and put it in its place."""
@@ -241,7 +247,7 @@ class StructuredForeign(StructuredLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the foreign layer and the change."""
         expression = self.expression
-        return self.call(x) if expression is None else expression(x, None)  # type: ignore[no-any-return]
+        return self.call(x) if expression is None else expression(x, self._parameters["bias"])
 
 
 class _Projection(StructuredLayer):
@@ -306,6 +312,7 @@ class StructuredAttention(StructuredLayer):
         return functional_call(self.original, matrices, args, kwargs)
 
 
+_PRODUCTS = nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _EXACT: dict[type, type[StructuredLayer]] = {
     nn.Embedding: StructuredEmbedding,
     nn.Conv1d: StructuredConv,
@@ -334,7 +341,7 @@ def kind_of(module: nn.Module) -> type[StructuredLayer] | None:
 def why_refused(module: nn.Module) -> str | None:
     """Return why no class can stand for a module, as the end of a sentence, or None."""
     transposed = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-    if not transposed and not isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if not transposed and not isinstance(module, _PRODUCTS):
         return "is no layer that can hold an expression"
     if not isinstance(module, nn.Linear) and not transposed and type(module) not in _EXACT:
         return "has a forward of its own, so what it does beside its product is not known"

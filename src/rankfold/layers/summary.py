@@ -75,7 +75,7 @@ def summary(model: nn.Module) -> Summary:
         >>> import torch, rankfold as rf
         >>> model = rf.adapt(torch.nn.Sequential(torch.nn.Linear(8, 4)), "lora", rank=2)
         >>> print(rf.summary(model))
-           1 x W0[4x8] + up*[4x2] @ down*[2x8]   (24 trained each)
+           1 x W0[4x8] + (up*[4x2] @ down*[2x8])   (24 trained each)
         trained 24 of 60 numbers (40 %)
     """
     adaptation = require(model)

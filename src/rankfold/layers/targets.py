@@ -31,7 +31,7 @@ class Target:
     """A module that can be adapted.
 
     Attributes:
-        path: its dotted name; the projections of `nn.MultiheadAttention` are `<path>.in_proj` and `.out_proj`.
+        path: its dotted name; projections of `nn.MultiheadAttention` are `<path>.in_proj` and `.out_proj`.
         module: the module itself; for those projections, the attention module.
         part: "in_proj" or "out_proj" for those projections, else "".
     """
@@ -44,7 +44,7 @@ class Target:
 def candidates(model: nn.Module) -> Iterator[Target]:
     """Yield every module that can hold an expression, in the order of the model, tied modules included.
 
-    A place that can be reached on two paths, inside a block that stands in the model twice, is named by the first.
+    A place inside a block that stands in the model twice has two paths and is named by the first.
     """
     skipped: set[str] = set()
     places: set[tuple[int, str]] = set()
@@ -70,22 +70,26 @@ def candidates(model: nn.Module) -> Iterator[Target]:
 
 
 def blocks(model: nn.Module) -> Iterator[Target]:
-    """Yield the members of every `nn.ModuleList` that repeats one class at least twice: the model's blocks."""
+    """Yield the members of every `nn.ModuleList` that repeats one class: the model's blocks."""
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(m) for m in module}) == 1:
-            if not isinstance(module[0], nn.ModuleList) and not _inside_block(model, path):
-                yield from (Target(f"{path}.{i}", block) for i, block in enumerate(module))
+        if isinstance(module, nn.ModuleList) and _repeats(module) and not _in_block(path):
+            yield from (Target(f"{path}.{i}", block) for i, block in enumerate(module))
 
 
-def _inside_block(model: nn.Module, path: str) -> bool:
+def _repeats(module: nn.ModuleList) -> bool:
+    one_class = len({type(m) for m in module}) == 1
+    return one_class and len(module) > 1 and not isinstance(module[0], nn.ModuleList)
+
+
+def _in_block(path: str) -> bool:
     return any(part.isdigit() for part in path.split("."))
 
 
 def output_heads(model: nn.Module) -> set[str]:
     """Return the names of the output head and of task heads, which no preset includes.
 
-    They are the parts of a transformers model outside its base model, its output embeddings, and, in any model,
-    children with a head's usual name.
+    They are the parts of a transformers model outside its base model, its output embeddings, and, in any
+    model, children with a head's usual name.
     """
     heads = set(_own_heads(model))
     for path, module in model.named_modules():
@@ -98,7 +102,8 @@ def _own_heads(model: nn.Module) -> list[str]:
     """Return the names of a model's heads."""
     getter = getattr(model, "get_output_embeddings", None)
     output = getter() if callable(getter) else None
-    named = [name for name, m in model.named_modules(remove_duplicate=False) if output is not None and m is output]
+    modules = model.named_modules(remove_duplicate=False)
+    named = [name for name, module in modules if output is not None and module is output]
     base = getattr(model, "base_model", model)
     for name, child in model.named_children():
         outside = base is not model and child is not base and next(child.parameters(), None) is not None
@@ -124,7 +129,7 @@ def _preset(model: nn.Module, name: str, found: list[Target]) -> list[Target]:
     if name == "attention":
         return [t for t in linear if _in_attention(t)]
     if name == "mlp":
-        return [t for t in linear if _in_block(t) and not _in_attention(t)]
+        return [t for t in linear if _in_block(t.path) and not _in_attention(t)]
     return linear
 
 
@@ -136,20 +141,18 @@ def _in_attention(target: Target) -> bool:
     return bool(_ATTENTION.search(target.path)) or isinstance(_plain(target), nn.MultiheadAttention)
 
 
-def _in_block(target: Target) -> bool:
-    return any(part.isdigit() for part in target.path.split("."))
-
-
 def matches(path: str, pattern: str | re.Pattern[str]) -> bool:
-    """Say whether a pattern means a path: a compiled or `re:` regular expression must match all of it, anything
-    else is a glob for the whole path or for its last parts.
+    r"""Say whether a pattern means a path.
+
+    A compiled or `re:` regular expression must match all of it, anything else is a glob for the whole path or
+    for its last parts.
 
     Example:
         >>> matches("model.layers.0.self_attn.q_proj", "q_proj")
         True
         >>> matches("model.layers.0.self_attn.q_proj", "layers.[01].*.?_proj")
         True
-        >>> matches("model.layers.0.self_attn.q_proj", r"re:.*layers\\.\\d+\\.mlp\\..*")
+        >>> matches("model.layers.0.self_attn.q_proj", r"re:.*layers\.\d+\.mlp\..*")
         False
     """
     if isinstance(pattern, str) and pattern.startswith("re:"):
@@ -171,8 +174,8 @@ def find_targets(model: nn.Module, targets: Targets) -> list[Target]:
 
     Args:
         model: any module.
-        targets: a preset of `PRESETS`, a glob over dotted names (or over their last parts), a regular expression
-            (compiled, or text that starts with `re:`), or a list of these.
+        targets: a preset of `PRESETS`, a glob over dotted names (or over their last parts), a regular
+            expression (compiled, or text that starts with `re:`), or a list of these.
 
     Raises:
         UnknownTarget: a pattern matches nothing; the sentence lists near names.
@@ -207,7 +210,8 @@ def _nothing(model: nn.Module, pattern: str | re.Pattern[str], found: list[Targe
     refused.sort(key=lambda named: any(named[1].children()))
     if refused and text not in PRESETS:
         path, module = refused[0]
-        raise UnsupportedLayer(f"target {text!r} matches {path}, but a {type(module).__name__} {why_refused(module)}")
+        kind = type(module).__name__
+        raise UnsupportedLayer(f"target {text!r} matches {path}, but {kind} {why_refused(module)}")
     names = {t.path.rpartition(".")[2] for t in found} | {t.path for t in found} | set(PRESETS)
     listed = sorted({t.path.rpartition(".")[2] for t in found if not t.path.rpartition(".")[2].isdigit()})
     hint = (
@@ -243,7 +247,8 @@ def task_heads(model: nn.Module) -> list[str]:
     if not _TASK.search(type(model).__name__):
         return []
     heads = _own_heads(model)
-    return [name for name, child in model.named_children() if name in heads and any(True for _ in child.parameters())]
+    trained = {name.partition(".")[0] for name, _ in model.named_parameters()}
+    return [name for name, _ in model.named_children() if name in heads and name in trained]
 
 
 def attention_projection(target: Target) -> bool:

@@ -28,8 +28,8 @@ class FirstForward:
             path = sorted(self.waiting)[0]
             others = f" and {len(self.waiting) - 1} more" if len(self.waiting) > 1 else ""
             raise UnsupportedLayer(
-                f"{path}{others} was adapted but not called in the first forward, so its change had no effect; leave it "
-                "out of targets, or pass uncalled='allow' if it is only called sometimes"
+                f"{path}{others} was adapted but not called in the first forward, so its change had no "
+                "effect; leave it out of targets, or pass uncalled='allow' if it is only called sometimes"
             )
 
     def end(self) -> None:
@@ -51,22 +51,17 @@ class _Called:
             self.watch.waiting.discard(self.path)
 
 
-def end_watch(model: nn.Module) -> None:
-    """Stop watching a model whose adapters are taken away before its first forward."""
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, _FirstForward | _Called)]:
-                del hooks[key]
-
-
 def watch_first_forward(model: nn.Module, layers: Mapping[str, StructuredLayer]) -> FirstForward:
     """Raise in the first forward of a model that leaves one of these layers uncalled.
 
     Raises:
         UnsupportedLayer: in that forward, naming the layer.
     """
-    called = {path: layer for path, layer in layers.items() if not layer.materialised}
-    watch = FirstForward(set(called))
-    watch.handles = [layer.register_forward_pre_hook(_Called(watch, p)) for p, layer in called.items()]
+    called = {id(layer): path for path, layer in layers.items() if not layer.materialised}
+    watch = FirstForward(set(called.values()))
+    for layer in [m for m in model.modules() if isinstance(m, StructuredLayer)]:
+        path = called.get(id(layer.lender or layer))  # a call of a tied layer counts for the one it is tied to
+        if path is not None:
+            watch.handles.append(layer.register_forward_pre_hook(_Called(watch, path)))
     watch.handles.append(model.register_forward_hook(watch))
     return watch

@@ -120,7 +120,7 @@ def adapt(
     prepared = prepare(model, resolved, rank=rank, targets=targets, name=name, seed=seed, train=train)
     install(model, prepared)
     if uncalled == "error":
-        watch_first_forward(model, prepared.layers)
+        prepared.adapter.watch = watch_first_forward(model, prepared.layers)
     for note in prepared.notes:
         warnings.warn(note, RankCapped, stacklevel=2)
     return model

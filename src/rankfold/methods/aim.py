@@ -6,8 +6,16 @@ import re
 
 from torch import nn
 
-from ..errors import UnknownTarget, UnsupportedLayer
-from ..layers import PRESETS, StructuredLayer, Target, Targets, find_targets
+from ..errors import Incompatible, UnknownTarget, UnsupportedLayer
+from ..layers import (
+    PRESETS,
+    StructuredLayer,
+    StructuredTransposedLinear,
+    Target,
+    Targets,
+    find_targets,
+    kind_of,
+)
 from ..layers.targets import attention_projection, candidates, matches
 from .recipe import Resolved
 
@@ -26,7 +34,7 @@ def chosen_targets(model: nn.Module, resolved: Resolved, targets: Targets | None
     if not usable:
         kinds, path = " and ".join(traits["layers"]), found[0].path
         raise UnsupportedLayer(f"{path}: {resolved.structure.name} applies to {kinds} layers only")
-    if len(usable) < len(found) and targets is not None and targets not in PRESETS:
+    if len(usable) < len(found) and not (isinstance(wanted, str) and wanted in PRESETS):
         left = next(t.path for t in found if t not in usable)
         raise UnsupportedLayer(
             f"{left}: {resolved.structure.name} applies to {' and '.join(traits['layers'])} layers only"
@@ -67,16 +75,60 @@ def follow_ties(
     """Return the targets that own an expression, and those that share a stored tensor with one of them."""
     if resolved.structure.traits["activations"]:
         return chosen, []
-    first: dict[int, Target] = {}
-    for target in chosen:
-        first.setdefault(_stored(target), target)
-    lenders = [t for t in chosen if first[_stored(t)] is t]
-    taken = {t.path for t in lenders}
-    borrowers = [
-        (t, first[_stored(t)].path) for t in candidates(model) if t.path not in taken and _stored(t) in first
-    ]
+    groups: dict[int, list[Target]] = {}
+    for target in candidates(model):
+        groups.setdefault(_stored(target), []).append(target)
+    owners = {key: _owner(groups[key], chosen) for key in dict.fromkeys(map(_stored, chosen))}
+    lenders = list(owners.values())
+    borrowers = [(t, owner.path) for key, owner in owners.items() for t in groups[key] if t.path != owner.path]
+    for target, path in borrowers:
+        _refuse_other_form(target, model.get_submodule(path), path, resolved)
     _refuse_hidden_ties(model, lenders, {t.path for t, _ in borrowers})
     return lenders, borrowers
+
+
+def _owner(group: list[Target], chosen: list[Target]) -> Target:
+    """Return which of the layers with one stored tensor holds its expressions: the one that does so already."""
+    held = [t for t in group if isinstance(t.module, StructuredLayer) and not t.part and t.module.lender is None]
+    paths = {t.path for t in chosen}
+    return next(t for t in (*held, *group) if t.path in paths or t in held)
+
+
+def _refuse_other_form(target: Target, owner: nn.Module, path: str, resolved: Resolved) -> None:
+    """Refuse a tie to a layer that the structure does not apply to, or that reads the tensor transposed."""
+    if _layer_kind(target) not in resolved.structure.traits["layers"]:
+        reason = f"{resolved.structure.name} does not apply to it"
+    elif _transposed(target.module) != _transposed(owner):
+        reason = "it reads it transposed"
+    else:
+        return
+    raise UnsupportedLayer(f"{path} shares its tensor with {target.path}, which cannot follow it: {reason}")
+
+
+def _transposed(module: nn.Module) -> bool:
+    original = module.original if isinstance(module, StructuredLayer) else module
+    return kind_of(original) is StructuredTransposedLinear
+
+
+def inside(targets: list[Target], path: str) -> list[Target]:
+    """Return the targets that are, or lie inside, the module at a path."""
+    return [t for t in targets if t.path == path or t.path.startswith(path + ".")]
+
+
+def refuse_overlap(model: nn.Module, targets: list[Target], trained: list[str]) -> None:
+    """Refuse a tensor that is to be trained whole and is adapted too, by these targets or by another adapter.
+
+    Raises:
+        Incompatible: there is one.
+    """
+    for path in trained:
+        module = model.get_submodule(path)
+        stored = {id(p) for p in module.parameters()}
+        both = [t.path for t in targets if inside([t], path) or _stored(t) in stored]
+        held = [p for p, m in module.named_modules() if isinstance(m, StructuredLayer) and m.adapters]
+        both += [f"{path}.{p}".rstrip(".") for p in held]
+        if both:
+            raise Incompatible(f"{both[0]} is both adapted and trained whole (train={path!r}); choose one")
 
 
 def _stored(target: Target) -> int:

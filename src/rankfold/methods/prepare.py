@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import Incompatible, InvalidOption, UnsupportedLayer
+from ..errors import InvalidOption, UnsupportedLayer
 from ..layers import (
     PRESETS,
     Adaptation,
@@ -26,7 +26,7 @@ from ..layers import (
     task_heads,
 )
 from ..weights import Pooled, Weight
-from .aim import chosen_targets, follow_ties
+from .aim import chosen_targets, follow_ties, inside, refuse_overlap
 from .capacity import allotted_ranks
 from .checkpoints import Checkpoints
 from .recipe import Resolved
@@ -86,8 +86,8 @@ def prepare(
     chosen = chosen_targets(model, resolved, targets)
     lenders, borrowers = follow_ties(model, chosen, resolved)
     trained = find_modules(model, train)
-    trained += [head for head in task_heads(model) if heads and head not in trained]
-    _refuse_overlap(lenders, trained)
+    trained += [h for h in task_heads(model) if heads and h not in trained and not inside(lenders, h)]
+    refuse_overlap(model, lenders, trained)
     layers = (
         {} if resolved.structure.traits["activations"] else {t.path: adaptation.layer_for(t) for t in lenders}
     )
@@ -128,15 +128,6 @@ def _check_name(name: str, existing: Adaptation | None) -> None:
         raise InvalidOption(
             f"the model already holds an adapter {name!r}; choose another name or remove it first"
         )
-
-
-def _refuse_overlap(targets: list[Target], trained: list[str]) -> None:
-    for target in targets:
-        for path in trained:
-            if target.path == path or target.path.startswith(path + "."):
-                raise Incompatible(
-                    f"{target.path} is both adapted and trained whole (train={path!r}); choose one"
-                )
 
 
 def _sites(

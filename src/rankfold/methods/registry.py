@@ -217,7 +217,7 @@ def structure(
     traits = {
         "stage": stage, "init": init, "starts": tuple(starts), "rank": rank, "limit": limit,
         "multiple": multiple, "layers": tuple(layers), "plan": plan, "gate": gate, "activations": activations,
-        "targets": targets, "example": dict(example or {}),
+        "targets": targets, "example": dict(example or {}), "refuses": tuple(refuses),
     }  # fmt: skip
     return register("structure", name, **about, traits=traits)
 

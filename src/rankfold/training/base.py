@@ -130,7 +130,7 @@ def length_limit(base: Base, asked: int | None) -> int:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep transformers from listing what is new in the model: `Base.fresh` says it. Downloads keep their bar."""
+    """Keep transformers from listing what is new in the model, which `Base.fresh` says."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -176,28 +176,23 @@ def _field(key: str) -> str:
 
 
 def _coerced(name: str, value: Any) -> Any:
-    """Return `value` as the field's type: YAML reads 2e-4 as a string, 1 as an integer, a list as a list."""
+    """Return `value` as the field's type: YAML reads 2e-4 as text, 1 as an integer, one name as no list."""
     wanted = get_type_hints(RunConfig)[name]
+    kinds = [kind for kind in (int, float, str) if wanted in (kind, kind | None)]
     if value is None or (name == "set" and isinstance(value, Mapping)):
         return value
     if wanted in (tuple[str, ...], tuple[str, ...] | None):
         return tuple(str(item) for item in value) if isinstance(value, list) else (str(value),)
-    for kind in (int, float, str):
-        if wanted in (kind, kind | None):
-            return _number_or_text(name, value, kind)
-    raise InvalidOption(f"{flag(name)} is {value!r}; it must be a table of axis.option: value")
-
-
-def _number_or_text(name: str, value: Any, kind: type) -> Any:
     try:
+        [kind] = kinds
         converted = kind(value)
+        # A list as text, a truth value as a number, or 1.5 as an integer would change what was meant.
+        if not isinstance(value, bool | list | dict) and (kind is not int or converted == float(value)):
+            return converted
     except (TypeError, ValueError):
-        converted = None
-    # A list as text, a truth value as a number, or 1.5 as an integer would change what was meant.
-    changed = isinstance(value, bool | list | dict) or (kind is int and converted != float(value))
-    if converted is None or changed:
-        raise InvalidOption(f"{flag(name)} is {value!r}; it must be of type {kind.__name__}")
-    return converted
+        pass
+    needed = f"of type {kinds[0].__name__}" if kinds else "a table of axis.option: value"
+    raise InvalidOption(f"{flag(name)} is {value!r}; it must be {needed}")
 
 
 def _literal(text: str) -> Any:

@@ -1,6 +1,6 @@
 """How much memory a run will need, from counts alone."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,17 +33,11 @@ class Memory:
 
     def to_dict(self) -> dict[str, int]:
         """Return the four and their total, in bytes."""
-        return {
-            "weights": self.weights,
-            "gradients": self.gradients,
-            "optimizer": self.optimizer,
-            "activations": self.activations,
-            "total": self.total,
-        }
+        return {**asdict(self), "total": self.total}
 
     def __str__(self) -> str:
         """Return one line."""
-        parts = [f"{name} {readable(value)}" for name, value in self.to_dict().items() if name != "total"]
+        parts = [f"{name} {readable(value)}" for name, value in asdict(self).items()]
         return f"{readable(self.total)}: {', '.join(parts)} (estimated)"
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,15 +33,11 @@ class Score:
         """exp(loss) of a language model; None for a classifier."""
         return None if self.accuracy is not None else math.exp(min(self.loss, 700.0))
 
-    def to_dict(self) -> dict[str, float]:
-        """Return what has a value, by name."""
-        values = {
-            "accuracy": self.accuracy,
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "count": self.count,
-        }
-        return {name: value for name, value in values.items() if value is not None}
+    def to_dict(self) -> dict[str, float | None]:
+        """Return what has a value, by name; None stands for what is not finite, which JSON cannot say."""
+        values = {**asdict(self), "perplexity": self.perplexity}
+        given = {name: value for name, value in values.items() if value is not None}
+        return {name: value if math.isfinite(value) else None for name, value in given.items()}
 
     def __str__(self) -> str:
         """Return the metric that a person compares, as text."""

@@ -3,8 +3,8 @@
 import sys
 from typing import Any
 
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # published without types
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerState
 
 
 class ProgressBar(TrainerCallback):
@@ -13,43 +13,26 @@ class ProgressBar(TrainerCallback):
     def __init__(self) -> None:
         self.bar: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Open the bar, at the step that a resumed run continues from."""
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc="adapting",
-                unit=" steps",
-                mininterval=0.2 if sys.stderr.isatty() else 10.0,
-            )
+            pause = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log file needs few lines
+            done, total = state.global_step, state.max_steps
+            self.bar = tqdm(desc="adapting", initial=done, total=total, unit=" steps", mininterval=pause)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Advance."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Show the newest loss and learning rate."""
-        if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix_str(
-                f"loss {logs['loss']:.4g}, lr {logs['learning_rate']:.2g}", refresh=False
-            )
+        logs = kwargs["logs"]
+        if self.bar is not None and "loss" in logs:
+            text = f"loss {logs['loss']:.4g}, lr {logs['learning_rate']:.2g}"
+            self.bar.set_postfix_str(text, refresh=False)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
         if self.bar is not None:
             self.bar.close()

@@ -82,9 +82,14 @@ class RunResult:
 
     @property
     def next_command(self) -> str:
-        """A command that makes a stock checkpoint of the result."""
-        folded = f"{self.out}-folded"
-        return shlex.join(["rankfold", "fold", str(self.out), "--model", self.config.model, "--out", folded])
+        """A command that makes a stock checkpoint of the result, or that loads one which has no such form."""
+        out, model = str(self.out), self.config.model
+        structure = rf.parse_point(self.config.method).structure
+        traits = rf.find_method(f"structure={structure}").traits
+        if traits["gate"] is None and not traits["activations"]:
+            return shlex.join(["rankfold", "fold", out, "--model", model, "--out", f"{out}-folded"])
+        program = f"from rankfold.training.adapter import load_adapted; _, base = load_adapted({out!r})"
+        return shlex.join(["python", "-i", "-c", program])
 
     @property
     def facts(self) -> dict[str, str]:

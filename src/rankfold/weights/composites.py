@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,12 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .gates import Gated
-from .kernels import low_rank_linear, modulated_linear, normalized_linear
-from .leaves import Base, Dense, Foreign
+from .kernels import (
+    at_least_float32,
+    forms,
+    grid_linear,
+    low_rank_linear,
+    modulated_linear,
+    normalized_linear,
+    safe_ratio,
+    scaled_low_rank,
+    scaled_matrix,
+)
+from .leaves import Base, Dense, Foreign, Pooled
 from .materialise import materialised_linear
-from .op import LINEAR, Op
-from .structured import Diagonal
-from .weight import Leaf, Pair, Weight, inference, same_versions, versions
+from .op import LINEAR, Op, autocast_dtype
+from .structured import Diagonal, Grid, Reflections
+from .weight import Leaf, Pair, Versions, Weight, inference, same_versions, tick, versions
 
 
 def _cast(pair: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,6 +44,7 @@ class Split:
         trained: the low-rank terms that train, concatenated to one pair, or None.
         frozen: those that do not, likewise.
         others: every other term.
+        grid: up (k, out / k, k q) and down (k, k q, in / k), where grids are all that stands beside the base.
     """
 
     base: Tensor | None = None
@@ -40,6 +52,7 @@ class Split:
     trained: tuple[Tensor, Tensor] | None = None
     frozen: tuple[Tensor, Tensor] | None = None
     others: list[Weight] = field(default_factory=list)
+    grid: tuple[Tensor, Tensor] | None = None
 
     def pair(self) -> tuple[Tensor, Tensor] | None:
         """Return all low-rank terms as one pair."""
@@ -52,6 +65,23 @@ def _join(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
     return torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs], 0)
 
 
+def _join_grids(terms: list[Weight]) -> tuple[Tensor, Tensor] | None:
+    """Return grids of one block count as the factors of one grid, or None if there is any other term."""
+    parts = [(t.factor(), t.inner) if isinstance(t, Scaled) else (1.0, t) for t in terms]
+    grids = [(scale, grid) for scale, grid in parts if isinstance(grid, Grid)]
+    if len(grids) < len(parts) or len({grid.grid for _, grid in grids}) != 1:
+        return None
+    ups, downs = (
+        [scale * grid.up.tensor() for scale, grid in grids],
+        [grid.down.tensor() for _, grid in grids],
+    )
+    if len(grids) == 1:
+        return ups[0], downs[0]
+    blocks = (grids[0][1].grid, -1)
+    up = torch.cat([each.unflatten(2, blocks) for each in ups], 3).flatten(2)
+    return up, torch.cat([each.unflatten(1, blocks) for each in downs], 2).flatten(1, 2)
+
+
 class Composite(Weight):
     """An expression that may keep what it derives from its leaves while no gradients are wanted.
 
@@ -61,7 +91,7 @@ class Composite(Weight):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__(shape)
-        self._kept: tuple[object, object] | None = None
+        self._kept: tuple[Versions | None, object] | None = None
         self._tensors: list[Leaf] | None = None
 
     def train(self, mode: bool = True) -> Composite:
@@ -87,13 +117,24 @@ class Composite(Weight):
             if self._kept is not None and not torch.compiler.is_compiling():
                 self._kept = None
             return self.derived()
-        if self._tensors is None:
-            self._tensors = [leaf for leaf in self.sources() if leaf.stored or isinstance(leaf, Base)]
-            self._tensors += [leaf for leaf in self.sources() if hasattr(leaf, "pool")]
-        now = versions([leaf.pool() if hasattr(leaf, "pool") else leaf.tensor() for leaf in self._tensors])
-        if self._kept is None or not same_versions(self._kept[0], now):  # type: ignore[arg-type]
-            self._kept = (now, self.derived())
+        if self._kept is None or not same_versions(self._kept[0], self._read()):
+            self._tensors = None  # the expression itself may be another one
+            self._kept = (self._read(), self.derived())
         return self._kept[1]
+
+    def _read(self) -> Versions | None:
+        if self._tensors is None:
+            self._tensors = [
+                leaf for leaf in self.sources() if leaf.stored or isinstance(leaf, Base | Pooled)
+            ]
+        return versions([_identity(leaf) for leaf in self._tensors])
+
+
+def _identity(leaf: Leaf) -> Tensor:
+    """Return the stored tensor that a leaf is read from."""
+    if isinstance(leaf, Base):
+        return leaf.identity()
+    return leaf.pool() if isinstance(leaf, Pooled) else leaf.tensor()
 
 
 class Sum(Composite):
@@ -133,6 +174,8 @@ class Sum(Composite):
         split.trained, split.frozen = _join(trained), _join(frozen)
         if split.trained is None:
             split.trained, split.frozen = split.frozen, None
+        if split.base is not None and split.trained is None:
+            split.grid = _join_grids(split.others)
         return split
 
     def _small(self, term: Weight) -> bool:
@@ -161,6 +204,8 @@ class Sum(Composite):
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Apply base and low-rank terms in one fused product, then the other terms."""
         split = self.split()
+        if op is LINEAR and split.grid is not None:
+            return grid_linear(x, split.base, bias, *split.grid)  # type: ignore[arg-type]
         if op is LINEAR and self._denser(split, x):
             return materialised_linear(self, x, bias)
         y = self._main(split, x, bias, op)
@@ -188,10 +233,7 @@ class Sum(Composite):
             return self._without_base(split, x, bias, op)
         if split.trained is None:
             return op.apply(x, split.base.to(x.dtype), bias)
-        if op is LINEAR:
-            return low_rank_linear(x, split.base, bias, *split.trained, *(split.frozen or ()))
-        y = op.apply(x, split.base.to(x.dtype), bias)
-        return y + op.low_rank(x, *_cast(split.pair(), x))  # type: ignore[arg-type]
+        return _added(x, split.base, bias, op, split.trained, split.frozen)
 
     def _without_base(self, split: Split, x: Tensor, bias: Tensor | None, op: Op) -> Tensor:
         pair = split.pair()
@@ -205,7 +247,7 @@ class Sum(Composite):
         """Return the sum of the terms' rows."""
         first, *rest = (term.rows(ids) for term in self.parts())
         for row in rest:
-            first = first + row.to(first.dtype)
+            first = first + row
         return first
 
     def factored(self) -> tuple[Tensor, Tensor] | None:
@@ -234,6 +276,23 @@ class Sum(Composite):
     def formula(self) -> str:
         """Return the terms joined by +."""
         return " + ".join(term.formula() for term in self.terms).replace("+ -", "- ")  # type: ignore[operator]
+
+
+def _added(
+    x: Tensor,
+    base: Tensor,
+    bias: Tensor | None,
+    op: Op,
+    trained: tuple[Tensor, Tensor],
+    frozen: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Apply a matrix plus one or two low-rank pairs, fused where the layer is linear."""
+    if op is LINEAR and not inference():
+        return low_rank_linear(x, base, bias, *trained, *(frozen or ()))
+    pair = trained if frozen is None else _join([trained, frozen])
+    if op is LINEAR:
+        return scaled_low_rank(x, base, bias, *pair)  # type: ignore[misc]
+    return op.apply(x, base.to(x.dtype), bias) + op.low_rank(x, *_cast(pair, x))  # type: ignore[arg-type]
 
 
 def _is_plain(term: Weight) -> bool:
@@ -279,21 +338,19 @@ class Product(Composite):
         """Return the matrix, (out, in)."""
         first, *rest = (f.dense() for f in self.factors)  # type: ignore[operator]
         for dense in rest:
-            dtype = _wider(first, dense)
-            first = first.to(dtype) @ dense.to(dtype)
+            first = _multiplied(first, dense)
         return first
 
     def factored(self) -> tuple[Tensor, Tensor] | None:
-        """Return (up, down) split where the inner dimension is smallest, unless a wide factor stands there.
+        """Return (up, down), split where the inner dimension is smallest and the fewest sides are trained.
 
-        Frozen wide factors around trained diagonals have no small form: a gradient of the whole factor would be
-        formed only to be reduced to its diagonal.
+        A frozen side needs no gradient: of diag(b) B diag(d) A with B and A frozen, `down` is A itself.
         """
         if self.small_rank() is None:
             return None
         factors: list[Weight] = list(self.factors)  # type: ignore[arg-type]
-        inner = [f.shape[1] for f in factors[:-1]]
-        cut = inner.index(min(inner)) + 1
+        cuts = [(f.shape[0], _trained_sides(factors, i), i) for i, f in enumerate(factors) if i]
+        cut = min(cuts)[2]
         return _chain(factors[:cut], from_left=False), _chain(factors[cut:], from_left=True)
 
     def small_rank(self) -> int | None:
@@ -302,21 +359,28 @@ class Product(Composite):
         rank = self.rank()
         if rank >= min(self.shape) and not all(isinstance(f, Leaf | Diagonal) for f in factors):
             return None
-        based = any(isinstance(f, Base) for f in factors)
-        return None if based or self._wide_and_frozen(factors) else rank
+        return None if any(isinstance(f, Base) for f in factors) else rank
 
-    def _wide_and_frozen(self, factors: list[Weight]) -> bool:
-        wide = [f for f in factors if not isinstance(f, Diagonal)]
-        gates = [f for f in factors if isinstance(f, Diagonal) and f.vector.trainable]
-        frozen = not any(leaf.trainable for f in wide for leaf in f.leaves())
-        return bool(gates) and frozen and self.rank() > 32
+    def reflected(self) -> Split | None:
+        """Return `W + up @ down` for a stored weight times reflections, W (I - V T V^T) = W - (W V T) V^T."""
+        base, *rest = self.factors
+        if not isinstance(base, Base) or isinstance(base, Foreign) or base.inner is not None:
+            return None
+        if len(rest) != 1 or not isinstance(rest[0], Reflections):
+            return None
+        weight, (vectors, core) = base.tensor(), (t.to(base.tensor().dtype) for t in rest[0].compact())
+        return Split(base=weight, trained=(weight @ vectors @ -core, vectors.T))
 
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Apply through the small pair where there is one, else factor by factor or as one matrix."""
-        pair = self.keep()
+        if self._denser(op.tokens(x)):
+            return op.apply(x, self.dense().to(x.dtype), bias)
+        pair, split = self.keep()  # type: ignore[misc]
         if pair is not None:
-            return op.add(op.low_rank(x, *_cast(pair, x)), bias)  # type: ignore[arg-type]
-        if op.groups > 1 or self._denser(op.tokens(x)):
+            return op.add(op.low_rank(x, *_cast(pair, x)), bias)
+        if split is not None:
+            return _added(x, split.base, bias, op, split.trained)
+        if op.groups > 1:
             return op.apply(x, self.dense().to(x.dtype), bias)
         y = self.factors[-1](x, op=op)
         for factor in reversed(list(self.factors)[:-1]):
@@ -325,9 +389,10 @@ class Product(Composite):
 
     map = forward
 
-    def derived(self) -> tuple[Tensor, Tensor] | None:
-        """Return the small pair."""
-        return self.factored()
+    def derived(self) -> tuple[tuple[Tensor, Tensor] | None, Split | None]:
+        """Return the small pair, or the sum that reflections amount to."""
+        pair = self.factored()
+        return pair, None if pair is not None else self.reflected()
 
     def _denser(self, tokens: int) -> bool:
         training = 3 if torch.is_grad_enabled() else 1
@@ -354,7 +419,7 @@ class Product(Composite):
     def insert_gate(self, gate: Leaf) -> None:
         """Put diag(gate) between the two factors; gate has shape (r,)."""
         self.factors = nn.ModuleList([self.factors[0], Diagonal(gate), self.factors[1]])
-        self.forget()
+        tick()  # whatever this product is part of holds the old pair
 
     def macs(self, tokens: int) -> int:
         """Return the sum over the factors."""
@@ -377,19 +442,31 @@ class Product(Composite):
         return " @ ".join(factor.bracketed() for factor in self.factors)  # type: ignore[operator]
 
 
+def _trained_sides(factors: list[Weight], cut: int) -> int:
+    sides = (factors[:cut], factors[cut:])
+    return sum(any(leaf.trainable for factor in side for leaf in factor.leaves()) for side in sides)
+
+
 def _chain(factors: list[Weight], *, from_left: bool) -> Tensor:
-    """Multiply factors out, starting at the thin end."""
-    ordered = factors if from_left else list(reversed(factors))
-    result = ordered[0].dense()
-    for factor in ordered[1:]:
-        if isinstance(factor, Diagonal):
-            vector = factor.vector.tensor()
-            result = result * (vector if from_left else vector[:, None])
-        elif from_left:
-            result = result @ factor.dense()
-        else:
-            result = factor.dense() @ result
-    return result
+    """Multiply factors out, starting at the thin end; a diagonal stays a vector."""
+    values = [f.vector.tensor() if isinstance(f, Diagonal) else f.dense() for f in factors]
+    if [v.dim() for v in values] == [1, 2, 1] and not values[1].requires_grad:
+        return scaled_matrix(values[1], values[0], values[2])
+    if from_left:
+        result = functools.reduce(_multiplied, values)
+    else:
+        result = functools.reduce(lambda right, left: _multiplied(left, right), reversed(values))
+    return torch.diag(result) if result.dim() == 1 else result
+
+
+def _multiplied(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply two matrices in the wider of their dtypes; a vector stands for a diagonal matrix."""
+    if left.dim() == 1 and right.dim() == 2:
+        return left[:, None] * right
+    if right.dim() == 1:
+        return left * right
+    dtype = _wider(left, right)
+    return left.to(dtype) @ right.to(dtype)
 
 
 class Scaled(Weight):
@@ -613,16 +690,17 @@ class Normalized(Composite):
         split = self._split()
         if split.base is None or split.others:
             dense = self.direction.dense()
-            return torch.linalg.vector_norm(dense, dim=1, dtype=_at_least_float32(dense))
+            return torch.linalg.vector_norm(dense, dim=1, dtype=at_least_float32(dense))
         return row_norms(split.base, split.pair())
+
+    def length(self) -> Tensor:
+        """Return the row norms as the gradient is to see them: constants, unless `detach=False`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
+            return self.norm()
 
     def ratio(self) -> Tensor:
         """Return m / n, (out,); zero where the direction's row is zero."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
-            norm = self.norm()
-        magnitude = self.magnitude.tensor()
-        safe = torch.where(norm == 0, torch.ones_like(norm), norm)
-        return torch.where(norm == 0, torch.zeros_like(norm), magnitude.to(norm.dtype) / safe)
+        return safe_ratio(self.magnitude.tensor(), self.length())
 
     def derived(self) -> tuple[Split, Tensor]:
         """Return the direction taken apart, and m / n."""
@@ -634,11 +712,18 @@ class Normalized(Composite):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Apply the direction and scale every output channel."""
-        split, ratio = self.keep()  # type: ignore[misc]
-        if op is LINEAR and split.base is not None and split.trained is not None and not split.others:
-            pairs = (*split.trained, ratio, *(split.frozen or ()))
-            return normalized_linear(x, split.base, bias, *pairs)
-        return op.add(op.scale(self._unbiased(x, op), ratio.to(x.dtype)), bias)
+        if inference():
+            split, ratio = self.keep()  # type: ignore[misc]
+            if op is LINEAR and split.base is not None and split.trained is not None and not split.others:
+                return scaled_low_rank(x, split.base, bias, *split.pair(), ratio)  # type: ignore[misc]
+            return op.add(op.scale(self._unbiased(x, op), ratio.to(x.dtype)), bias)
+        split = self._split()
+        if op is not LINEAR or split.base is None or split.trained is None or split.others:
+            return op.add(op.scale(self._unbiased(x, op), self.ratio().to(x.dtype)), bias)
+        own = self.detach and forms(x, split.base.shape, autocast_dtype(x))
+        norm = None if own else self.length()
+        magnitude = self.magnitude.tensor()
+        return normalized_linear(x, split.base, bias, split.trained, split.frozen, magnitude, norm)
 
     map = forward
 
@@ -672,10 +757,6 @@ class Normalized(Composite):
         return f"{self.magnitude.formula()} normalize({self.direction.formula()})"
 
 
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def row_norms(base: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
     """Return the row norms of `base + up @ down` without forming the product.
 
@@ -683,7 +764,7 @@ def row_norms(base: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
         base: (out, in), of any floating dtype; it is not copied to float32.
         pair: up (out, r) and down (r, in), or None.
     """
-    dtype = _at_least_float32(base)
+    dtype = at_least_float32(base)
     square = torch.linalg.vector_norm(base, dim=1, dtype=dtype).square()
     if pair is None:
         return square.sqrt()

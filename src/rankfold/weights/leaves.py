@@ -74,6 +74,10 @@ class Base(Leaf):
         self._holder = (holder,)
         self._inner: tuple[Weight, ...] = ()
 
+    def identity(self) -> Tensor:
+        """Return a tensor whose memory and version tell whether the stored weight has changed."""
+        return self.tensor()
+
     @property
     def inner(self) -> Weight | None:
         """The expression that stands in the base's place, if any."""
@@ -126,15 +130,21 @@ class Base(Leaf):
 class Foreign(Base):
     """The stored weight of a layer that keeps it in a form of its own, such as a quantised linear.
 
-    The layer's own forward is called; its matrix is read off by applying it to the identity.
+    The layer's own forward is called, and its matrix is formed only where it is asked for.
     """
 
+    trainable = False  # type: ignore[assignment]  # no form of its own takes a gradient
+
+    def identity(self) -> Tensor:
+        """Return a tensor whose memory and version tell whether the stored weight has changed."""
+        return self._holder[0].identity()  # type: ignore[attr-defined,no-any-return]
+
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
-        """Call the foreign module, which adds its own bias."""
+        """Call the foreign module, which adds its bias itself: `bias` is that one, or None to leave it out."""
         if self.inner is not None:
             result: Tensor = self.inner(x, bias, op)
             return result
-        return self._holder[0].call(x)  # type: ignore[attr-defined,no-any-return]
+        return self._holder[0].call(x, biased=bias is not None)  # type: ignore[attr-defined,no-any-return]
 
     map = forward
 

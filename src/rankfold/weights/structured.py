@@ -319,7 +319,8 @@ class Kronecker(Weight):
 
     def dense(self) -> Tensor:
         """Return the matrix, (out, in)."""
-        return torch.kron(self.left.dense(), self.right.dense())
+        left, right = self.left.dense(), self.right.dense()
+        return (left[:, None, :, None] * right[None, :, None, :]).reshape(self.shape)
 
     def map(self, x: Tensor) -> Tensor:
         """Apply the right map to the inner axis and the left map to the outer one."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .op import LINEAR, Op
 
@@ -300,20 +301,40 @@ class substituted:
             leaf.substitute = None
 
 
-def versions(tensors: list[Tensor]) -> list[tuple[Tensor, int, int]] | None:
+_clock = 0
+
+
+def tick(*_: object) -> None:
+    """Let everything that was derived be derived again, after a change that leaves no mark on a tensor."""
+    global _clock
+    _clock += 1
+
+
+# Fused optimizers write into parameters without raising their version.
+register_optimizer_step_post_hook(tick)
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What identifies the present values of tensors: the tensors themselves, their versions and their memory."""
+
+    clock: int
+    marks: list[tuple[Tensor, int, int]]
+
+
+def versions(tensors: list[Tensor]) -> Versions | None:
     """Return what identifies the tensors' present values, or None where that cannot be told."""
     if any(t.is_inference() for t in tensors):
         return None
-    return [(t, t._version, t.data_ptr()) for t in tensors]
+    return Versions(_clock, [(t, t._version, t.data_ptr()) for t in tensors])
 
 
-def same_versions(
-    first: list[tuple[Tensor, int, int]] | None, second: list[tuple[Tensor, int, int]] | None
-) -> bool:
+def same_versions(first: Versions | None, second: Versions | None) -> bool:
     """Say whether two results of `versions` name the same tensors, unchanged."""
-    if first is None or second is None or len(first) != len(second):
+    if first is None or second is None or first.clock != second.clock:
         return False
-    return all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(first, second, strict=True))
+    pairs = zip(first.marks, second.marks, strict=False)
+    return len(first.marks) == len(second.marks) and all(a[0] is b[0] and a[1:] == b[1:] for a, b in pairs)
 
 
 def inference() -> bool:

@@ -37,6 +37,7 @@ def _joined(tensors: list[Tensor], dim: int) -> Tensor:
     starts=("zero", "residual", "displaced"),
     rank=32,
     multiple=lambda options: int(options["k"]),
+    refuses=("odd",),
 )
 def gralora(site: Site, rank: int, *, k: int = 2, hybrid_rank: int = 0, alpha: float | None = None) -> Weight:
     """Return W0 plus the grid of k x k blocks, plus a plain product of rank hybrid_rank."""

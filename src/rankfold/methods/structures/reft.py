@@ -68,7 +68,8 @@ class LoReFT(Branch):
 
     def __init__(self, frame: Tensor, weight: Tensor, bias: Tensor, gates: Gates, key: str) -> None:
         super().__init__()
-        self.frame, self.weight, self.bias = nn.Parameter(frame), nn.Parameter(weight), nn.Parameter(bias)
+        self.frame, self.weight = nn.Parameter(frame.contiguous()), nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
         self.gates, self.key = gates, key
 
     def rotation(self) -> Tensor:

@@ -1,0 +1,238 @@
+"""Random expressions of a given shape, over every leaf and composite of the weight language."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rankfold import weights as w
+from rankfold.weights import Leaf, Weight
+
+Shape = tuple[int, int]
+
+
+class Held(nn.Module):
+    """Holds a stored weight or a pool, as a layer or a model would."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value, requires_grad=False)
+
+    def matrix(self) -> Tensor:
+        """Return the stored weight."""
+        return self.value
+
+
+@dataclass
+class Maker:
+    """Draws expressions; every tensor comes from one seeded generator, every leaf has a name of its own.
+
+    Attributes:
+        draw: of a hypothesis strategy.
+        dtype: of the tensors.
+        trainable: whether pools and banks are trained too.
+    """
+
+    draw: Callable[..., object]
+    dtype: torch.dtype = torch.float64
+    names: int = 0
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def __post_init__(self) -> None:
+        self.generator.manual_seed(self.integer(0, 2**31))
+
+    def integer(self, low: int, high: int) -> int:
+        """Draw a whole number in [low, high]."""
+        return self.draw(st.integers(low, high))  # type: ignore[return-value]
+
+    def one_of(self, *choices: object) -> object:
+        """Draw one of the choices."""
+        return self.draw(st.sampled_from(choices))
+
+    def values(self, *shape: int) -> Tensor:
+        """Return normal numbers."""
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def indices(self, high: int, count: int) -> Tensor:
+        """Return positions below `high`."""
+        return torch.randint(high, (count,), generator=self.generator)
+
+    def name(self) -> str:
+        """Return a name that no other leaf has."""
+        self.names += 1
+        return f"leaf{self.names}"
+
+    # Leaves -------------------------------------------------------------------------------------------
+
+    def leaf(self, *shape: int) -> Leaf:
+        """Return a leaf from any source."""
+        make = self.one_of(self.dense, self.dense, self.pooled, self.gathered, self.seeded, self.mixed, self.masked)
+        return make(*shape)  # type: ignore[operator,no-any-return]
+
+    def dense(self, *shape: int) -> Leaf:
+        """Return a leaf that owns its tensor."""
+        return w.Dense(self.values(*shape), self.name(), trainable=bool(self.integer(0, 1)))
+
+    def pooled(self, *shape: int) -> Leaf:
+        """Return a slice of a pool."""
+        return w.Pooled(Held(self.values(*(n + 1 for n in shape))), "value", self.name(), shape)
+
+    def gathered(self, *shape: int) -> Leaf:
+        """Return numbers gathered from a pool, with coefficients."""
+        index = torch.randint(5, shape, generator=self.generator)
+        pool = Held(self.values(5).abs() + 0.1).requires_grad_(bool(self.integer(0, 1)))
+        return w.Pooled(pool, "value", self.name(), shape, index, self.values(*shape))
+
+    def seeded(self, *shape: int) -> Leaf:
+        """Return a drawn leaf."""
+        return w.Seeded(self.name(), shape, self.integer(0, 99), dtype=self.dtype)
+
+    def mixed(self, *shape: int) -> Leaf:
+        """Return a leaf mixed from a bank."""
+        return w.Mixture(self.dense(3), self.dense(3, *shape), self.name())
+
+    def masked(self, *shape: int) -> Leaf:
+        """Return a leaf of which about half of the entries count."""
+        mask = torch.rand(shape, generator=self.generator) < 0.6
+        return w.Masked(self.dense(*shape), mask, self.name())
+
+    def base(self, *shape: int) -> Leaf:
+        """Return a stored weight."""
+        return w.Base(Held(self.values(*shape)), (shape[0], shape[1]))
+
+    # Structured maps ----------------------------------------------------------------------------------
+
+    def structured(self, shape: Shape) -> Weight:
+        """Return a map without sub-expressions."""
+        out, columns = shape
+        makers: list[Callable[[Shape], Weight]] = [
+            lambda s: self.leaf(*s),
+            lambda s: self.base(*s),
+            self.block_diagonal,
+            self.sparse,
+            self.tucker,
+            self.train,
+            lambda s: w.Select(self.indices(s[1], s[0]), s[1]),
+            lambda s: w.Select(self.indices(s[0], s[1]), s[0]).T,
+        ]
+        if out == columns:
+            makers += [
+                lambda s: w.Diagonal(self.leaf(s[0])),
+                lambda s: w.Permutation(torch.randperm(s[0], generator=self.generator)),
+                lambda s: w.Reflections(self.dense(s[0], self.integer(1, 4))),
+            ]
+        if out % 2 == columns % 2 == 0:
+            rank = 2 * self.integer(1, 2)
+            makers.append(
+                lambda s: w.Grid(self.leaf(2, s[0] // 2, rank), self.leaf(2, rank, s[1] // 2))
+            )
+        return self.one_of(*makers)(shape)  # type: ignore[operator,no-any-return]
+
+    def block_diagonal(self, shape: Shape) -> Weight:
+        """Return diagonal blocks, cropped where they do not divide the shape."""
+        count = self.integer(1, min(3, *shape))
+        return w.BlockDiagonal(self.leaf(count, -(-shape[0] // count), -(-shape[1] // count)), shape)
+
+    def sparse(self, shape: Shape) -> Weight:
+        """Return a map with a thin or a thick support."""
+        size = shape[0] * shape[1]
+        count = self.integer(1, size)
+        place = torch.randperm(size, generator=self.generator)[:count]
+        return w.Sparse(self.leaf(count), place // shape[1], place % shape[1], shape)
+
+    def tucker(self, shape: Shape) -> Weight:
+        """Return a Tucker map, the columns split into channels and a window where they can be."""
+        sizes = [shape[0], *_split(shape[1], self.integer(1, 3))]
+        ranks = [min(self.integer(1, 3), size) for size in sizes]
+        factors = [self.leaf(size, rank) for size, rank in zip(sizes, ranks, strict=True)]
+        return w.Tucker(self.leaf(*ranks), factors)
+
+    def train(self, shape: Shape) -> Weight:
+        """Return a tensor train."""
+        outputs, inputs = _split(shape[0], self.integer(1, 2)), _split(shape[1], self.integer(1, 3))
+        sizes = [*outputs, *inputs]
+        ranks = [1, *(self.integer(1, 3) for _ in sizes[1:]), 1]
+        cores = [self.leaf(ranks[i], size, ranks[i + 1]) for i, size in enumerate(sizes)]
+        return w.TensorTrain(cores, len(outputs))
+
+    # Composites ---------------------------------------------------------------------------------------
+
+    def expression(self, shape: Shape, depth: int) -> Weight:
+        """Return an expression of at most that many levels."""
+        if not depth:
+            return self.structured(shape)
+        makers = (
+            self.structured, self.sum, self.product, self.product, self.scaled, self.hadamard, self.modulated,
+            self.normalized, self.kronecker, self.transposed, self.dropped, self.standing,
+        )  # fmt: skip
+        make = self.one_of(*makers)
+        return make(shape) if make == self.structured else make(shape, depth - 1)  # type: ignore[operator,no-any-return]
+
+    def sum(self, shape: Shape, depth: int) -> Weight:
+        """Return two or three terms."""
+        terms = [self.expression(shape, depth) for _ in range(self.integer(2, 3))]
+        return sum(terms[1:], terms[0])
+
+    def product(self, shape: Shape, depth: int) -> Weight:
+        """Return a product, thin or wide inside."""
+        inner = self.integer(1, 9)
+        return self.expression((shape[0], inner), depth) @ self.expression((inner, shape[1]), depth)
+
+    def scaled(self, shape: Shape, depth: int) -> Weight:
+        """Return a constant or a scalar leaf times an expression."""
+        scale = self.dense() if self.integer(0, 1) else float(self.one_of(-1.0, 0.5, 1.0, 3.0))  # type: ignore[arg-type]
+        return w.Scaled(scale, self.expression(shape, depth))
+
+    def hadamard(self, shape: Shape, depth: int) -> Weight:
+        """Return an entrywise product."""
+        return self.expression(shape, depth) * self.expression(shape, depth)
+
+    def modulated(self, shape: Shape, depth: int) -> Weight:
+        """Return an expression times one plus another."""
+        return w.Modulated(self.expression(shape, depth), self.expression(shape, depth))
+
+    def normalized(self, shape: Shape, depth: int) -> Weight:
+        """Return an expression with rows of trained length."""
+        detach = bool(self.integer(0, 1))
+        return w.Normalized(self.expression(shape, depth), self.leaf(shape[0]), detach=detach)
+
+    def kronecker(self, shape: Shape, depth: int) -> Weight:
+        """Return a Kronecker product."""
+        (a, b), (c, d) = _split(shape[0], 2), _split(shape[1], 2)
+        return w.Kronecker(self.expression((a, c), depth), self.expression((b, d), depth))
+
+    def transposed(self, shape: Shape, depth: int) -> Weight:
+        """Return the transpose of an expression."""
+        return self.expression((shape[1], shape[0]), depth).T
+
+    def dropped(self, shape: Shape, depth: int) -> Weight:
+        """Return an expression with dropout, which does nothing in evaluation."""
+        return w.Dropped(self.expression(shape, depth), 0.5)
+
+    def standing(self, shape: Shape, depth: int) -> Weight:
+        """Return a change around a stored weight in whose place another expression stands."""
+        base = self.base(*shape)
+        base.stand_on(self.expression(shape, depth).eval())  # type: ignore[attr-defined]
+        return base + self.expression(shape, depth)
+
+
+def _split(size: int, parts: int) -> list[int]:
+    """Split a number into factors, the smallest first found; ones where it cannot be split further."""
+    factors = []
+    for _ in range(parts - 1):
+        factor = next((n for n in (2, 3, 5, 7) if size % n == 0 and size > n), 1)
+        factors.append(factor)
+        size //= factor
+    return [*factors, size]
+
+
+@st.composite
+def expressions(draw: Callable[..., object], depth: int = 3, dtype: torch.dtype = torch.float64) -> Weight:
+    """Draw an expression in evaluation mode."""
+    make = Maker(draw, dtype)
+    shape = (make.integer(1, 9), make.integer(1, 9))
+    return make.expression(shape, depth).eval()
