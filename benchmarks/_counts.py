@@ -19,7 +19,7 @@ def shapes(size: Size) -> list[tuple[int, int]]:
 
 
 def floor(size: Size) -> int:
-    """Return forward and gradients to the inputs: linear layers and head twice, attention's two products thrice."""
+    """Return forward and gradients to the inputs: linear layers and head twice, attention thrice."""
     linear = size.layers * sum(out * columns for out, columns in shapes(size)) + size.hidden * size.vocabulary
     attention = 2 * size.layers * size.length * size.hidden
     return size.tokens * (2 * linear + 3 * attention)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ class Look:
     light: str
     dark: str
     marker: str
-    dashes: str
+    dashes: str | tuple[int, tuple[int, ...]]
 
 
 LOOKS = (
@@ -36,7 +36,7 @@ LOOKS = (
     Look("#1f5fd6", "#79adff", "o", "-"),
     Look("#7b34c9", "#c79bff", "^", "--"),
     Look("#08794f", "#45d19b", "v", "-."),
-    Look("#c01a6b", "#ff86bd", "P", (0, (5, 1, 1, 1, 1, 1))),  # type: ignore[arg-type]
+    Look("#c01a6b", "#ff86bd", "P", (0, (5, 1, 1, 1, 1, 1))),
 )
 INK, FAINT, PAPER = Look("#1c2430", "#e6e9ee", "", ""), Look("#c9d0d9", "#3a4350", "", ""), "#ffffff"
 
@@ -172,7 +172,7 @@ def write_report(story: Story, folder: Path) -> Path:
     import matplotlib as mpl
 
     folder.mkdir(parents=True, exist_ok=True)
-    style = {
+    style: dict[Any, object] = {
         "font.size": 11,
         "font.family": "sans-serif",
         "svg.fonttype": "none",
@@ -237,10 +237,14 @@ def _limits(rows: Sequence[Row]) -> tuple[float, float]:
 def _label_points(axes: Axes, rows: Sequence[Row]) -> None:
     """Name each point above its interval, or below it where the neighbour's name would be in the way."""
     taken: list[tuple[float, float]] = []
+    bottom, top = axes.get_ylim()
     for row, look in sorted(zip(rows, LOOKS, strict=False), key=lambda pair: pair[0].trained):
         low, high = row.interval
         column = math.log10(row.trained)
-        crowded = any(abs(column - other) < 0.75 and abs(high - height) < 0.03 for other, height in taken)
+        crowded = any(
+            abs(column - other) < 0.75 and abs(high - height) < 0.15 * (top - bottom)
+            for other, height in taken
+        )
         taken.append((column, low if crowded else high))
         axes.annotate(
             row.name,

@@ -19,6 +19,9 @@ EVALUATION_BATCH_SIZE = 50
 HEAD_RATE = 1e-2
 """Learning rate of the freshly initialised head where it is not the only thing that trains."""
 
+LARGEST_GRADIENT = 1.0
+"""Norm to which larger gradients are cut, as transformers' Trainer does."""
+
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises; then it falls to zero in a line."""
 
@@ -48,9 +51,9 @@ class Method:
 METHODS = (
     Method("head only", (1e-2, 2e-2, 4e-2), 0.5),
     Method("full", (1e-4, 2e-4, 4e-4), 1.6),
-    Method("lora", (2e-3, 4e-3, 8e-3), 1.0, {"method": "lora", "rank": 8}),
-    Method("dora", (2e-3, 4e-3, 8e-3), 1.15, {"method": "dora", "rank": 8}),
-    Method("lora-xs", (1e-2, 2e-2, 4e-2), 1.0, {"method": "lora-xs", "rank": 16}),
+    Method("lora", (1e-3, 2e-3, 4e-3), 1.0, {"method": "lora", "rank": 8}),
+    Method("dora", (1e-3, 2e-3, 4e-3), 1.15, {"method": "dora", "rank": 8}),
+    Method("lora-xs", (5e-3, 1e-2, 2e-2), 1.0, {"method": "lora-xs", "rank": 16}),
     Method("vera", (1e-2, 2e-2, 4e-2), 1.4, {"method": "vera", "rank": 128}),
 )
 
@@ -96,6 +99,7 @@ class Run:
         method: what trains.
         rate: peak learning rate of what the method trains.
         steps: optimizer steps.
+        schedule: steps in which the learning rate rises and falls; a run of fewer steps stops on the way.
         classes: number of labels.
         train: examples to learn from.
         evaluate: examples to evaluate, by the name of their split.
@@ -107,6 +111,7 @@ class Run:
     method: Method
     rate: float
     steps: int
+    schedule: int
     classes: int
     train: Encoded = field(repr=False)
     evaluate: Mapping[str, Encoded] = field(repr=False)
@@ -239,17 +244,19 @@ def train(model: nn.Module, groups: list[dict[str, Any]], run: Run, notify: Noti
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         [group["lr"] for group in groups],
-        total_steps=run.steps,
+        total_steps=run.schedule + 1,  # it counts the rate that would come after the last step
         pct_start=WARM_UP,
         anneal_strategy="linear",
         cycle_momentum=False,
     )
     torch.manual_seed(run.seed)
     model.train()
+    trained = [parameter for group in groups for parameter in group["params"]]
     losses = []
     for rows in batches_of(run.train, run.steps, run.seed):
         loss = model(**collate(run.train, rows)).loss
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, LARGEST_GRADIENT)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -312,7 +319,7 @@ def write_adapter(model: nn.Module, method: Method, folder: Path) -> None:
 
     rf.save(model, folder / method.name, overwrite=True)
     if method.name == "lora":
-        rf.export(model, folder / "lora-peft", format="peft")
+        rf.export(model, folder / "lora-peft", format="peft", overwrite=True)
 
 
 def resident_bytes() -> int:

@@ -70,7 +70,9 @@ class Maker:
 
     def leaf(self, *shape: int) -> Leaf:
         """Return a leaf from any source."""
-        make = self.one_of(self.dense, self.dense, self.pooled, self.gathered, self.seeded, self.mixed, self.masked)
+        make = self.one_of(
+            self.dense, self.dense, self.pooled, self.gathered, self.seeded, self.mixed, self.masked
+        )
         return make(*shape)  # type: ignore[operator,no-any-return]
 
     def dense(self, *shape: int) -> Leaf:
@@ -127,9 +129,7 @@ class Maker:
             ]
         if out % 2 == columns % 2 == 0:
             rank = 2 * self.integer(1, 2)
-            makers.append(
-                lambda s: w.Grid(self.leaf(2, s[0] // 2, rank), self.leaf(2, rank, s[1] // 2))
-            )
+            makers.append(lambda s: w.Grid(self.leaf(2, s[0] // 2, rank), self.leaf(2, rank, s[1] // 2)))
         return self.one_of(*makers)(shape)  # type: ignore[operator,no-any-return]
 
     def block_diagonal(self, shape: Shape) -> Weight:

@@ -1,5 +1,6 @@
 """The demo: its data set keeps its promises, its numbers are right, its page stands alone."""
 
+import doctest
 import re
 import subprocess
 import sys
@@ -159,7 +160,7 @@ def test_a_pass_over_the_data_takes_every_example_once():
 def test_an_adapter_read_from_its_files_predicts_as_the_trained_model_did(tmp_path):
     base, lora = demo.model_folder(), next(method for method in runs.METHODS if method.name == "lora")
     some = runs.Encoded([[101, 2000 + n, 2100, 102] for n in range(16)], [n % 3 for n in range(16)])
-    run = runs.Run(base, lora, 1e-2, 3, 3, some, {"test": some}, tmp_path)
+    run = runs.Run(base, lora, 1e-2, 3, 3, 3, some, {"test": some}, tmp_path)
     outcome = run(lambda cost: None)
     assert outcome.peak_bytes >= outcome.start_bytes > 0
     assert len(outcome.losses) == 3
@@ -319,6 +320,13 @@ def test_the_same_results_give_the_same_files(written, tmp_path):
     again = report.write_report(a_story(), tmp_path)
     for name in ("report.html", "accuracy.png"):
         assert (written.parent / name).read_bytes() == (again.parent / name).read_bytes()
+
+
+@pytest.mark.parametrize("module", [demo, docstrings, report], ids=lambda module: module.__name__)
+def test_the_examples_in_the_docstrings_hold(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 0
+    assert failed == 0
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ VOCABULARY, WIDTH, BLOCKS = 40, 16, 2
 def llama(**options: Any) -> nn.Module:
     config = hf.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=BLOCKS,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, **options,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, **options,
     )  # fmt: skip
     return hf.LlamaForCausalLM(config)
 
@@ -43,8 +43,8 @@ def bert() -> nn.Module:
 
 def t5() -> nn.Module:
     config = hf.T5Config(
-        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=BLOCKS, num_heads=2, dropout_rate=0.0,
-        decoder_start_token_id=0,
+        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=BLOCKS, num_heads=2,
+        dropout_rate=0.0, decoder_start_token_id=0,
     )  # fmt: skip
     return hf.T5ForConditionalGeneration(config)
 
@@ -68,16 +68,16 @@ def opt() -> nn.Module:
 
 def vit() -> nn.Module:
     config = hf.ViTConfig(
-        hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=BLOCKS, num_attention_heads=2, image_size=8,
-        patch_size=4, num_labels=3,
+        hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=BLOCKS, num_attention_heads=2,
+        image_size=8, patch_size=4, num_labels=3,
     )  # fmt: skip
     return hf.ViTForImageClassification(config)
 
 
 def distilbert() -> nn.Module:
     config = hf.DistilBertConfig(
-        vocab_size=VOCABULARY, dim=WIDTH, hidden_dim=24, n_layers=BLOCKS, n_heads=2, num_labels=3, dropout=0.0,
-        attention_dropout=0.0, seq_classif_dropout=0.0,
+        vocab_size=VOCABULARY, dim=WIDTH, hidden_dim=24, n_layers=BLOCKS, n_heads=2, num_labels=3,
+        dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0,
     )  # fmt: skip
     return hf.DistilBertForSequenceClassification(config)
 
@@ -162,7 +162,9 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _hooks(module: nn.Module) -> list[int]:
-    return [len(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)]
+    return [
+        len(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    ]
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -79,7 +79,9 @@ def train(model: nn.Module, x: Tensor, steps: int = 4) -> list[float]:
 
 
 @pytest.mark.parametrize("method", ["lora", "lora/pissa", "dora", "lora-xs", "hira", "hra", "vera"])
-def test_a_quantised_linear_is_adapted_trained_and_given_back(model: nn.Module, x: Tensor, method: str) -> None:
+def test_a_quantised_linear_is_adapted_trained_and_given_back(
+    model: nn.Module, x: Tensor, method: str
+) -> None:
     before, matrix = model(x), read_off(model[0])
     modules = list(model)
     rf.adapt(model, method, rank=2)
@@ -110,7 +112,9 @@ def test_its_matrix_is_read_without_calling_it(model: nn.Module) -> None:
     layer.matrix()
 
 
-def test_inference_does_not_form_the_matrix(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inference_does_not_form_the_matrix(
+    model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapted(model)
 
     def refuse(*_: object) -> Tensor:
@@ -141,7 +145,9 @@ def test_folding_a_quantised_weight_refuses_and_leaves_the_model_alone(model: nn
     assert torch.equal(model(x), after)
 
 
-def test_folding_with_requantise_reports_the_error_of_every_weight(model: nn.Module, x: Tensor, form: str) -> None:
+def test_folding_with_requantise_reports_the_error_of_every_weight(
+    model: nn.Module, x: Tensor, form: str
+) -> None:
     adapted(model)
     expressions = {path: model[int(path)].expression.dense().detach() for path in ("0", "2")}
     kinds, after = [type(layer.weight) for layer in (model[0], model[2])], model(x)

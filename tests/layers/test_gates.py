@@ -63,10 +63,14 @@ def test_tokens_before_the_invocation_are_the_bases(model: Any) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 @pytest.mark.parametrize("padding", [False, True], ids=["plain", "padded"])
-def test_generating_with_a_cache_gives_what_full_forwards_give(model: Any, padding: bool, options: dict[str, int]) -> None:
+def test_generating_with_a_cache_gives_what_full_forwards_give(
+    model: Any, padding: bool, options: dict[str, int]
+) -> None:
     invoked(model)
     ids, mask = padded() if padding else (prompt(), torch.ones(2, 9, dtype=torch.long))
-    generate = functools.partial(model.generate, ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **options)
+    generate = functools.partial(
+        model.generate, ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **options
+    )
     assert torch.equal(generate(use_cache=True), generate(use_cache=False))
     scores = generate(use_cache=True, return_dict_in_generate=True, output_logits=True)
     if not options:
@@ -84,7 +88,9 @@ def test_a_cache_filled_by_the_base_serves_the_adapted_model(model: Any) -> None
     full = model(ids).logits
     with rf.disabled(model), torch.no_grad():
         cache = model(ids[:, :4], use_cache=True).past_key_values
-    torch.testing.assert_close(model(ids[:, 4:], past_key_values=cache).logits, full[:, 4:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        model(ids[:, 4:], past_key_values=cache).logits, full[:, 4:], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_token_by_token_equals_the_full_forward(model: Any) -> None:
@@ -163,7 +169,9 @@ def test_a_block_whose_output_is_no_tensor_is_refused() -> None:
 # Copies -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "options"), [("alora", {"invocation": INVOCATION}), ("reft", {"positions": "f2+l1"})])
+@pytest.mark.parametrize(
+    ("method", "options"), [("alora", {"invocation": INVOCATION}), ("reft", {"positions": "f2+l1"})]
+)
 def test_a_copy_has_gates_and_hooks_of_its_own(model: Any, method: str, options: dict[str, Any]) -> None:
     adapted(model, method, rank=4, **options)
     twin, ids, others = copy.deepcopy(model), prompt(), prompt().flip(1)
@@ -264,6 +272,8 @@ def test_checkpointing_by_hand_changes_no_gradient(method: str, reentrant: bool)
 
 def test_checkpointing_by_hand_works_on_a_plain_model() -> None:
     linear, x = nn.Linear(4, 4), torch.randn(2, 4)
-    torch.testing.assert_close(rf.checkpoint(linear, linear, x), torch_checkpoint(linear, x, use_reentrant=False))
+    torch.testing.assert_close(
+        rf.checkpoint(linear, linear, x), torch_checkpoint(linear, x, use_reentrant=False)
+    )
     rf.checkpoint(linear, linear, x, use_reentrant=True).sum().backward()
     assert linear.weight.grad is not None

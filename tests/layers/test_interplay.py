@@ -1,4 +1,4 @@
-"""Adapted models under the rest of torch: compiling, precision, functional calls, pickling, moving, training."""
+"""Adapted models under the rest of torch: compiling, precision, functional calls, copies, moves, training."""
 
 import copy
 import io
@@ -17,8 +17,9 @@ COMPILED: dict[str, dict[str, Any]] = {
     "gralora": {"rank": 4}, "uni-lora": {}, "abba": {}, "lora-xs": {},
 }  # fmt: skip
 GATED: dict[str, dict[str, Any]] = {
-    "alora": {"invocation": (inputs("llama")["input_ids"][0, 2].item(),), "rank": 4}, "reft": {"positions": "f2+l1"},
-}  # fmt: skip
+    "alora": {"invocation": (inputs("llama")["input_ids"][0, 2].item(),), "rank": 4},
+    "reft": {"positions": "f2+l1"},
+}
 
 
 class Mixed(nn.Module):
@@ -153,7 +154,9 @@ def test_autocast_computes_in_half_precision(method: str) -> None:
     assert out.dtype == torch.bfloat16
     assert (out.float() - wanted).norm() / wanted.norm() < 0.05
     out.float().square().mean().backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad
+    )
 
 
 def test_autocast_reaches_layers_of_every_kind() -> None:
@@ -171,11 +174,16 @@ def test_an_adapted_model_moves_to_another_dtype_whole(method: str, dtype: torch
     model = adapted(made("llama"), method, **{"rank": 4, **GATED.get(method, {})})
     wanted = logits(model, "llama")
     model.to(dtype)
-    assert {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()} <= {dtype, torch.float32}
+    assert {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()} <= {
+        dtype,
+        torch.float32,
+    }
     assert {p.dtype for p in model.parameters()} == {dtype}
     out = logits(model, "llama")
     assert out.dtype == dtype
-    assert (out.double() - wanted.double()).norm() / wanted.norm() < (0.1 if dtype == torch.bfloat16 else 1e-5)
+    assert (out.double() - wanted.double()).norm() / wanted.norm() < (
+        0.1 if dtype == torch.bfloat16 else 1e-5
+    )
 
 
 # Copies -----------------------------------------------------------------------------------------------
@@ -183,7 +191,9 @@ def test_an_adapted_model_moves_to_another_dtype_whole(method: str, dtype: torch
 
 @pytest.mark.parametrize("method", [*COMPILED, *GATED, "diablo", "svfit", "flora-tucker"])
 def test_copies_and_pickles_compute_the_same_and_are_their_own(method: str) -> None:
-    options = {"rank": 4, **GATED.get(method, {})} | ({"rank": None, "blocks": 2} if method == "diablo" else {})
+    options = {"rank": 4, **GATED.get(method, {})} | (
+        {"rank": None, "blocks": 2} if method == "diablo" else {}
+    )
     model = adapted(made("llama"), method, train=("model.norm",), **options)
     wanted = logits(model, "llama")
     buffer = io.BytesIO()

@@ -20,19 +20,20 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
 
+IMAGES, WITH_PADDING = normal(2, 4, 7, 6), torch.tensor([[1, 2, 9], [2, 2, 3]])
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "linear": (lambda: nn.Linear(6, 8), normal(2, 3, 6)),
     "linear of one vector": (lambda: nn.Linear(6, 8), normal(6)),
     "linear without bias": (lambda: nn.Linear(6, 8, bias=False), normal(3, 6)),
     "transposed linear": (lambda: Conv1D(8, 6), normal(2, 3, 6)),
     "embedding": (lambda: nn.Embedding(10, 6), torch.tensor([[1, 2, 9], [0, 0, 3]])),
-    "embedding with padding": (lambda: nn.Embedding(10, 6, padding_idx=2), torch.tensor([[1, 2, 9], [2, 2, 3]])),
+    "embedding with padding": (lambda: nn.Embedding(10, 6, padding_idx=2), WITH_PADDING),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), normal(2, 4, 9)),
     "conv1d same": (lambda: nn.Conv1d(4, 6, 4, padding="same", padding_mode="replicate"), normal(2, 4, 9)),
-    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), normal(2, 4, 7, 6)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), padding=(1, 0), dilation=(1, 2)), IMAGES),
     "conv2d unbatched": (lambda: nn.Conv2d(4, 6, 3), normal(4, 7, 6)),
-    "conv2d grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="circular"), normal(2, 4, 7, 6)),
-    "conv2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, padding=2, padding_mode="reflect"), normal(2, 4, 7, 6)),
+    "conv2d grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="circular"), IMAGES),
+    "conv2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, padding=2, padding_mode="reflect"), IMAGES),
     "conv3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), padding="valid"), normal(1, 2, 3, 4, 4)),
 }  # fmt: skip
 
@@ -84,7 +85,9 @@ def test_the_padding_row_of_an_embedding_is_read_but_not_trained() -> None:
 
 
 def test_an_adapted_layer_answers_for_its_original() -> None:
-    model = adapted(seeded(lambda: nn.Sequential(nn.Conv2d(4, 6, 3, stride=2), nn.Linear(3, 5))), targets=["0", "1"])
+    model = adapted(
+        seeded(lambda: nn.Sequential(nn.Conv2d(4, 6, 3, stride=2), nn.Linear(3, 5))), targets=["0", "1"]
+    )
     assert (model[0].kernel_size, model[0].stride, model[0].in_channels) == ((3, 3), (2, 2), 4)
     assert (model[1].in_features, model[1].out_features) == (3, 5)
     with pytest.raises(AttributeError, match="no_such"):
@@ -133,12 +136,14 @@ def test_attention_with_other_key_widths_has_its_output_projection_adapted() -> 
     model, x = seeded(lambda: Attends(kdim=4, vdim=4)), normal(2, 5, 8)
     before = model(x)
     adapted(model, targets="attention")
-    assert [site for site in model.attention._modules] == ["adapters", "out_proj"]
+    assert list(model.attention._modules) == ["adapters", "out_proj"]
     assert not torch.allclose(model(x), before, atol=1e-3)
 
 
 def test_attention_refuses_dropout_of_the_input_of_its_change() -> None:
-    with pytest.raises(UnsupportedLayer, match=r"attention\.in_proj reads its weight as a matrix.*use dropout=0"):
+    with pytest.raises(
+        UnsupportedLayer, match=r"attention\.in_proj reads its weight as a matrix.*use dropout=0"
+    ):
         rf.adapt(seeded(Attends), "lora", rank=2, targets="attention", dropout=0.5)
 
 
@@ -149,6 +154,25 @@ def test_attention_leaves_its_own_dropout_off_in_evaluation() -> None:
     assert torch.equal(model(x), model(x))
     model.train()
     assert not torch.equal(model(x), model(x))
+
+
+def test_attention_that_was_planned_in_training_is_adapted_in_evaluation() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), Attends(dropout=0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.second(self.first(x))
+            return result
+
+    model, x = seeded(Two).train(), normal(2, 5, 8)
+    rf.adapt(model, "lora", rank=2, targets="first")
+    rf.plan(model, "lora", rank=2, targets="attention", name="second")
+    model.eval()
+    rf.adapt(model, "lora", rank=2, targets="attention", name="second")
+    assert torch.equal(model(x), model(x))
+    assert not any(module.training for module in model.modules())
 
 
 class Encodes(nn.Module):
@@ -229,6 +253,38 @@ def test_a_linear_subclass_with_its_own_forward_is_called() -> None:
     torch.testing.assert_close(model[0].matrix(), 2 * model[0].weight)
     with pytest.raises(UnsupportedLayer, match="no way is known to write a matrix as"):
         rf.fold(model, requantise=True)
+
+
+def test_a_forward_that_was_set_on_a_layer_is_called_or_refused() -> None:
+    model, x = seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.Conv1d(3, 3, 1))), normal(3, 6)
+    model[0].forward = lambda x: F.linear(x, 2 * model[0].weight)
+    adapted(model, targets="0")
+    change = model[0].expression.leaf("up").tensor() @ model[0].expression.leaf("down").tensor()
+    torch.testing.assert_close(model[0](x), x @ (2 * model[0].weight + change).T)
+    model[1].forward = lambda x: 2 * x
+    with pytest.raises(UnsupportedLayer, match="Conv1d has a forward of its own"):
+        rf.adapt(model, "lora", rank=1, targets="1", name="second")
+
+
+def test_a_layer_without_its_weight_is_refused() -> None:
+    from accelerate import cpu_offload
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedLayer, match="Linear is offloaded and its weight is not there"):
+        rf.adapt(model, "lora", rank=2, targets="0")
+
+
+def test_a_copy_of_an_encoder_has_its_own_inference_path() -> None:
+    model, x = adapted(seeded(Encodes)), normal(2, 5, 8)
+    twin = copy.deepcopy(model)
+    rf.remove(twin)
+    assert twin.encoder.use_nested_tensor
+    assert not any(len(m._forward_pre_hooks) for m in twin.modules())
+    assert not model.encoder.use_nested_tensor
+    after = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), after)
 
 
 def test_one_adapter_holds_layers_of_every_kind() -> None:

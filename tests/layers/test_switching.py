@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers.models import BLOCKS, Memory, adapted, inputs, llama, logits, made, perturb, seeded
+from layers.models import BLOCKS, Memory, adapted, logits, made, perturb, seeded
 from torch import Tensor, nn
 
 import rankfold as rf
@@ -155,7 +155,9 @@ def test_using_an_adapter_trains_it_and_freezes_the_others(model: Any) -> None:
     adapted(model, name="b")
     for names in (["a"], ["b"], ["a", "b"], []):
         rf.use(model, names)
-        trained = {n.split(".adapters.")[1].split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+        trained = {
+            n.split(".adapters.")[1].split(".")[0] for n, p in model.named_parameters() if p.requires_grad
+        }
         assert trained == set(names)
 
 
@@ -181,7 +183,10 @@ def test_optimizers_keep_their_parameters_over_use_and_disabled(model: Any) -> N
     rf.use(model, "a")
     with rf.disabled(model):
         logits(model, "llama")
-    before, parameters = logits(model, "llama"), {id(p) for group in optimizer.param_groups for p in group["params"]}
+    before, parameters = (
+        logits(model, "llama"),
+        {id(p) for group in optimizer.param_groups for p in group["params"]},
+    )
     assert parameters == {id(p) for p in model.parameters() if p.requires_grad}
     step()
     assert not torch.equal(logits(model, "llama"), before)
@@ -234,6 +239,33 @@ def test_the_base_has_its_own_values_of_modules_trained_whole_while_disabled(mod
     with pytest.raises(RuntimeError, match="stop"), rf.disabled(model):
         raise RuntimeError("stop")
     assert torch.equal(model.model.norm.weight, moved)
+
+
+def test_disabling_keeps_what_was_frozen_or_freed_by_hand(model: Any) -> None:
+    adapted(model)
+    model.model.norm.weight.requires_grad_(True)
+    next(p for n, p in model.named_parameters() if ".adapters." in n).requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    with rf.disabled(model):
+        assert not any(p.requires_grad for p in model.parameters())
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+
+
+def test_adapters_may_come_and_go_while_disabled(model: Any) -> None:
+    before = logits(model, "llama")
+    adapted(model, name="a")
+    with_a, trained = logits(model, "llama"), {n for n, p in model.named_parameters() if p.requires_grad}
+    with rf.disabled(model):
+        adapted(model, name="b")
+    assert torch.equal(logits(model, "llama"), with_a)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    with rf.disabled(model):
+        rf.remove(model, "a")
+    assert torch.equal(logits(model, "llama"), before)
+    with rf.disabled(model):
+        rf.remove(model)
+    assert torch.equal(logits(model, "llama"), before)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

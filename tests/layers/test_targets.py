@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from layers.models import MODELS, Memory, adapted, inputs, llama, logits, made, perturb, seeded
+from layers.models import MODELS, Memory, adapted, llama, logits, made, perturb, seeded
 from torch import nn
 
 import rankfold as rf
@@ -58,7 +58,9 @@ def test_all_linear_takes_every_linear_layer_but_the_heads(name: str) -> None:
     outside = OUTSIDE_BLOCKS.get(name, set())
     everything = reached(name, "all-linear")
     assert everything == reached(name, "attention") | reached(name, "mlp") | outside
-    assert {head for head in output_heads(made(name)) if head in dict(made(name).named_children())} == HEADS[name]
+    assert {head for head in output_heads(made(name)) if head in dict(made(name).named_children())} == HEADS[
+        name
+    ]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -135,7 +137,9 @@ def test_globs_endings_expressions_and_lists_name_layers(targets: rf.layers.Targ
         ("convolutions", "'convolutions' matches nothing"),
     ],
 )
-def test_a_target_that_matches_nothing_is_refused_with_near_names(targets: rf.layers.Targets, sentence: str) -> None:
+def test_a_target_that_matches_nothing_is_refused_with_near_names(
+    targets: rf.layers.Targets, sentence: str
+) -> None:
     model = made("llama")
     memory = Memory(model)
     with pytest.raises(UnknownTarget, match=sentence):
@@ -170,7 +174,9 @@ def test_a_model_that_is_one_layer_is_to_be_wrapped() -> None:
 def test_a_structure_refuses_named_layers_of_other_kinds_and_skips_them_in_a_preset() -> None:
     model = made("llama")
     for targets in ("embed_tokens", ["q_proj", "embed_tokens"], re.compile(".*(q_proj|embed_tokens)")):
-        with pytest.raises(UnsupportedLayer, match=r"model\.embed_tokens: alora applies to linear layers only"):
+        with pytest.raises(
+            UnsupportedLayer, match=r"model\.embed_tokens: alora applies to linear layers only"
+        ):
             rf.plan(model, "alora", rank=2, targets=targets, invocation=(1,))
 
 
@@ -183,7 +189,8 @@ def test_a_plan_reports_what_matches_and_what_does_not() -> None:
     assert set(plan.unmatched) == {"model.embed_tokens", "lm_head"} | {
         f"model.layers.{i}.mlp.{part}_proj" for i in (0, 1) for part in ("gate", "up", "down")
     }
-    assert (plan.sites[0].path, plan.sites[0].shape, plan.sites[0].rank) == ("model.layers.0.self_attn.q_proj", (16, 16), 2)  # fmt: skip
+    first = plan.sites[0]
+    assert (first.path, first.shape, first.rank) == ("model.layers.0.self_attn.q_proj", (16, 16), 2)
     assert plan.train == ("model.norm",)
     text = str(plan)
     assert "model.layers.1.self_attn.o_proj" in text
@@ -208,7 +215,9 @@ def test_the_head_of_a_task_model_is_trained_whole_without_being_asked_for(name:
     model = made(name)
     assert set(task_heads(model)) == HEADS[name]
     rf.adapt(model, "lora", rank=2)
-    trained = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad and ".adapters." not in n}
+    trained = {
+        n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad and ".adapters." not in n
+    }
     assert trained == HEADS[name]
     assert all(any(key.startswith(head) for key in rf.summary(model).whole) for head in HEADS[name])
 
@@ -230,8 +239,16 @@ def test_a_head_that_is_adapted_is_not_also_trained_whole() -> None:
 @pytest.mark.parametrize(
     ("train", "error", "sentence"),
     [
-        (("clasifier",), UnknownTarget, r"train='clasifier' is no module of BertFor\w+; did you mean classifier"),
-        (("attention",), Incompatible, r"query is both adapted and trained whole \(train='bert\.\S+'\); choose one"),
+        (
+            ("clasifier",),
+            UnknownTarget,
+            r"train='clasifier' is no module of BertFor\w+; did you mean classifier",
+        ),
+        (
+            ("attention",),
+            Incompatible,
+            r"query is both adapted and trained whole \(train='bert\.\S+'\); choose one",
+        ),
     ],
 )
 def test_modules_to_train_are_checked(train: tuple[str, ...], error: type[Exception], sentence: str) -> None:
@@ -240,6 +257,17 @@ def test_modules_to_train_are_checked(train: tuple[str, ...], error: type[Except
     with pytest.raises(error, match=sentence):
         rf.adapt(model, "lora", rank=2, targets="query", train=train)
     memory.check(model)
+
+
+def test_what_an_adapter_brought_is_no_target() -> None:
+    model = adapted(seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh())), targets="0")
+    for method, names in (
+        ("lora", {"targets": "terms*"}),
+        ("reft", {"targets": "terms*"}),
+        ("lora", {"train": ("terms*",)}),
+    ):
+        with pytest.raises(UnknownTarget, match=r"terms\*"):
+            rf.adapt(model, method, rank=1, name="second", **{"targets": "0", **names})
 
 
 def test_one_module_to_train_may_be_given_as_text() -> None:

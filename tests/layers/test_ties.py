@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from layers.models import VOCABULARY, WIDTH, Memory, adapted, gpt2, inputs, llama, made, perturb, seeded
+from layers.models import VOCABULARY, Memory, adapted, gpt2, inputs, llama, made, perturb, seeded
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -53,7 +53,9 @@ def with_matrix(name: str, matrix: Tensor) -> Any:
 @pytest.mark.parametrize("end", ["embedding", "head", "both"])
 def test_adapting_one_end_adapts_both_and_counts_once(model: Any, name: str, end: str, method: str) -> None:
     memory, before = Memory(model), outputs(model)
-    targets = {"embedding": [EMBEDDINGS[name]], "head": ["lm_head"], "both": [EMBEDDINGS[name], "lm_head"]}[end]
+    targets = {"embedding": [EMBEDDINGS[name]], "head": ["lm_head"], "both": [EMBEDDINGS[name], "lm_head"]}[
+        end
+    ]
     adapted(model, method, targets=targets)
     embedding, head = ends(model)
     assert isinstance(embedding, StructuredEmbedding)
@@ -72,7 +74,9 @@ def test_adapting_one_end_adapts_both_and_counts_once(model: Any, name: str, end
     memory.check(model)
 
 
-def test_folding_keeps_the_tie_and_the_checkpoint_is_a_stock_one(model: Any, name: str, tmp_path: Path) -> None:
+def test_folding_keeps_the_tie_and_the_checkpoint_is_a_stock_one(
+    model: Any, name: str, tmp_path: Path
+) -> None:
     adapted(model, "dora", targets="lm_head")
     after = outputs(model)
     rf.fold(model).save_pretrained(tmp_path)
@@ -97,16 +101,19 @@ def test_tie_weights_changes_nothing_on_an_adapted_model(model: Any) -> None:
     torch.testing.assert_close(outputs(model), after, atol=1e-5, rtol=1e-4)
 
 
-def test_a_second_adapter_on_the_other_end_joins_the_same_expression(model: Any, name: str) -> None:
+@pytest.mark.parametrize("first", ["embedding", "head"])
+def test_a_second_adapter_on_the_other_end_joins_the_first(model: Any, name: str, first: str) -> None:
     memory, before = Memory(model), outputs(model)
-    adapted(model, name="a", targets=EMBEDDINGS[name])
+    one, other = (EMBEDDINGS[name], "lm_head") if first == "embedding" else ("lm_head", EMBEDDINGS[name])
+    adapted(model, name="a", targets=one)
     with_a = outputs(model)
-    adapted(model, name="b", targets="lm_head")
+    adapted(model, name="b", targets=other)
     with_b = outputs(model)
     rf.use(model, "a")
     torch.testing.assert_close(outputs(model), with_a)
     rf.use(model, ["a", "b"])
-    change = {n: e.leaf("up").tensor() @ e.leaf("down").tensor() for n, e in ends(model)[0].adapters.items()}
+    owner = ends(model)[0].lender or ends(model)[0]
+    change = {n: e.leaf("up").tensor() @ e.leaf("down").tensor() for n, e in owner.adapters.items()}
     matrix = ends(model)[0].weight + change["a"] + change["b"]
     torch.testing.assert_close(outputs(model), outputs(with_matrix(name, matrix.detach())))
     rf.remove(model, "a")
@@ -127,7 +134,9 @@ def test_resizing_refuses_while_an_adapter_holds_the_rows(model: Any, name: str,
     else:
         adapted(model, targets=EMBEDDINGS[name] if case == "embedding" else "lm_head")
     after, memory = outputs(model), Memory(model)
-    with pytest.raises(Incompatible, match=r"is adapted or trained whole.*resize before adapting, or fold first"):
+    with pytest.raises(
+        Incompatible, match=r"is adapted or trained whole.*resize before adapting, or fold first"
+    ):
         model.resize_token_embeddings(VOCABULARY + 3)
     with pytest.raises(Incompatible, match="is adapted or trained whole"):
         model.resize_token_embeddings(pad_to_multiple_of=64)
@@ -168,13 +177,15 @@ def test_a_tie_to_a_layer_that_cannot_follow_is_refused() -> None:
     model = made("bart")
     hidden = hf.BartForConditionalGeneration(model.config).eval()
     memory = Memory(hidden)
-    with pytest.raises(UnsupportedLayer, match=r"lm_head shares its tensor with model\.\S*, which cannot follow it"):
+    with pytest.raises(
+        UnsupportedLayer, match=r"lm_head shares its tensor with model\.\S*, which cannot follow it"
+    ):
         rf.adapt(hidden, "lora", rank=2, targets="lm_head")
     memory.check(hidden)
 
 
 def test_a_tie_to_a_layer_that_the_structure_does_not_apply_to_is_refused(model: Any) -> None:
-    with pytest.raises(UnsupportedLayer, match="lm_head shares its tensor .*alora does not apply to it"):
+    with pytest.raises(UnsupportedLayer, match=r"lm_head shares its tensor .*alora does not apply to it"):
         rf.adapt(model, "alora", rank=2, targets="lm_head", invocation=(5, 6))
 
 
@@ -192,7 +203,7 @@ def test_all_readers_of_a_shared_embedding_follow() -> None:
 def test_a_layer_that_reads_the_tensor_transposed_is_refused() -> None:
     linear, transposed = nn.Linear(6, 6, bias=False), Conv1D(6, 6)
     transposed.weight = linear.weight
-    with pytest.raises(UnsupportedLayer, match="0 shares its tensor with 1.*it reads it transposed"):
+    with pytest.raises(UnsupportedLayer, match=r"0 shares its tensor with 1.*it reads it transposed"):
         rf.adapt(nn.Sequential(linear, transposed), "lora", rank=2, targets="0")
 
 

@@ -48,7 +48,10 @@ def test_nothing_is_watched_after_the_first_forward() -> None:
     adapted(model)
     assert model._forward_hooks
     logits(model, "llama")
-    hooks = [*model._forward_hooks.values(), *(h for m in model.modules() for h in m._forward_pre_hooks.values())]
+    hooks = [
+        *model._forward_hooks.values(),
+        *(h for m in model.modules() for h in m._forward_pre_hooks.values()),
+    ]
     assert hooks == []
     rf.remove(model)
     memory.check(model)

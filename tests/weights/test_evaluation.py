@@ -1,4 +1,4 @@
-"""An expression takes the cheapest order of evaluation, and what it keeps between calls is never out of date."""
+"""An expression takes the cheapest order of evaluation, and what it keeps between calls is never stale."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def grid() -> Weight:
 
 
 CASES = (
-    Case("base + thin product", lambda: frozen(normal(64, 64)) + product(4), (lambda t: t * (4096 + 4 * 128),)),
+    Case(
+        "base + thin product", lambda: frozen(normal(64, 64)) + product(4), (lambda t: t * (4096 + 4 * 128),)
+    ),
     Case("thin product", lambda: product(4), (lambda t: t * 4 * 128,)),
     Case("thin chain", chain, (lambda t: t * 8 * 128,)),
     Case(
@@ -85,7 +87,9 @@ CASES = (
         lambda: w.Kronecker(frozen(normal(8, 8), "a"), frozen(normal(8, 8), "b")),
         (lambda t: t * 2 * 8 * 64,),
     ),
-    Case("reflections", lambda: w.Reflections(trained(normal(64, 4), "u")), (lambda t: t * (512 + 16) + 1024,)),
+    Case(
+        "reflections", lambda: w.Reflections(trained(normal(64, 4), "u")), (lambda t: t * (512 + 16) + 1024,)
+    ),
     Case(
         "tensor train",
         lambda: w.TensorTrain([trained(normal(1, 64, 4), "a"), trained(normal(4, 64, 1), "b")], 1),
@@ -265,9 +269,18 @@ def test_what_is_kept_is_dropped_when_a_tensor_changes(name: str, change: Any, n
         after = model(x)
         expected = x @ model.expression.dense().T
     assert torch.allclose(after, expected, rtol=1e-9, atol=1e-9)
-    moved = name != "product" and name != "modulated" or change is not by_a_swap_of_the_pool
+    moved = (name != "product" and name != "modulated") or change is not by_a_swap_of_the_pool
     assert not moved or not torch.allclose(after, before)
     assert torch.allclose(model(x).detach(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_change_below_is_seen_by_the_expression_that_stands_on_it() -> None:
+    model, x = Model(stacked).eval(), normal(2, 12)
+    with torch.no_grad():
+        before = model(x)
+        model.lower.leaf("c").tensor().mul_(2.0)  # type: ignore[operator,union-attr]
+        assert not torch.allclose(model(x), before)
+        assert torch.allclose(model(x), x @ model.expression.dense().T)
 
 
 def test_small_pairs_are_not_formed_again_while_nothing_changes() -> None:

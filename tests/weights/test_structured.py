@@ -25,7 +25,9 @@ def close(actual: Tensor, expected: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_reflections_are_the_householder_matrices_multiplied_in_the_order_of_their_vectors(count: int) -> None:
+def test_reflections_are_the_householder_matrices_multiplied_in_the_order_of_their_vectors(
+    count: int,
+) -> None:
     vectors = normal(5, count)
     product = torch.eye(5, dtype=torch.float64)
     for u in vectors.T:
@@ -56,7 +58,9 @@ def test_the_length_of_a_reflection_vector_does_not_matter() -> None:
     assert close(w.Reflections(scaled).dense(), w.Reflections(trained(vectors, "u")).dense())
 
 
-@pytest.mark.parametrize(("left", "right"), [((2, 3), (4, 5)), ((1, 2), (2, 1)), ((3, 1), (1, 3)), ((1, 1), (2, 2))])
+@pytest.mark.parametrize(
+    ("left", "right"), [((2, 3), (4, 5)), ((1, 2), (2, 1)), ((3, 1), (1, 3)), ((1, 1), (2, 2))]
+)
 def test_a_kronecker_product_is_that_of_torch(left: tuple[int, int], right: tuple[int, int]) -> None:
     a, b = normal(*left), normal(*right, seed=1)
     expression = w.Kronecker(trained(a, "a"), trained(b, "b"))
@@ -170,12 +174,16 @@ def test_the_transpose_of_a_permutation_undoes_it() -> None:
 
 
 def _row_normalised(direction: Tensor, magnitude: Tensor) -> Tensor:
-    rows = [m * row / row.norm() if bool(row.any()) else row for row, m in zip(direction, magnitude, strict=True)]
+    rows = [
+        m * row / row.norm() if bool(row.any()) else row for row, m in zip(direction, magnitude, strict=True)
+    ]
     return torch.stack(rows)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_normalised_map_has_rows_of_the_length_of_its_magnitude_and_leaves_zero_rows_zero(rank: int) -> None:
+def test_a_normalised_map_has_rows_of_the_length_of_its_magnitude_and_leaves_zero_rows_zero(
+    rank: int,
+) -> None:
     base, magnitude = normal(4, 6), normal(4, seed=1)
     base[1] = 0
     up, down = normal(4, rank, seed=2), normal(rank, 6, seed=3)

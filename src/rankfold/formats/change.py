@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..weights import Base, Diagonal, Grid, Normalized, Product, Reflections, Scaled, Sum, Weight
+from ..weights import Base, Diagonal, Dropped, Grid, Normalized, Product, Reflections, Scaled, Sum, Weight
 
 Pair = tuple[Tensor, Tensor]
 
@@ -15,7 +15,10 @@ def exact_change(expression: Weight) -> Pair | None:
     """Return `(up, down)` with `expression = W0 + up @ down` exactly, or None where there is no small such pair.
 
     Args:
-        expression: of an adapted weight.
+        expression: of an adapted weight, in evaluation.
+
+    Returns:
+        up (out, r) and down (r, in), in float32 or better.
     """
     if isinstance(expression, Product) and isinstance(expression.factors[0], Base):
         return _reflected(expression)
@@ -35,35 +38,54 @@ def _pair(term: Weight) -> Pair | None:
     if isinstance(term, Scaled):
         inner = _pair(term.inner)
         return None if inner is None else (inner[0] * term.factor(), inner[1])
+    if isinstance(term, Dropped):
+        return _pair(term.inner)
     if isinstance(term, Grid):
         return _grid_pair(term)
-    if isinstance(term, Product) and term.rank() < min(term.shape):
+    # Two factors are a pair whatever their rank; more are one only where that makes them smaller.
+    if isinstance(term, Product) and (len(term.factors) == 2 or term.rank() <= min(term.shape)):
         return _product_pair(term)
     pair = term.factored()
-    return pair if pair is not None and pair[0].shape[1] < min(term.shape) else None
+    if pair is None or pair[0].shape[1] > min(term.shape):
+        return None
+    return _wide(pair[0]), _wide(pair[1])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _product_pair(product: Product) -> Pair:
     """Multiply a product out from its ends to its narrowest place."""
-    factors = list(product.factors)
-    inner = [f.shape[1] for f in factors[:-1]]  # type: ignore[index]
-    cut = inner.index(min(inner)) + 1
-    return _chained(factors[:cut]), _chained(factors[cut:])  # type: ignore[arg-type]
+    factors: list[Weight] = list(product.factors)  # type: ignore[arg-type]
+    inner = [factor.shape[1] for factor in factors[:-1]]
+    cut = len(inner) - inner[::-1].index(min(inner))
+    return _chained(factors[:cut]), _chained(factors[cut:])
 
 
 def _chained(factors: list[Weight]) -> Tensor:
-    result = factors[0].dense()
-    for factor in factors[1:]:
-        diagonal = isinstance(factor, Diagonal)
-        result = result * factor.vector.tensor() if diagonal else result @ factor.dense()  # type: ignore[attr-defined]
-    return result
+    """Multiply out; a diagonal scales rows or columns, and only alone is it formed."""
+    if len(factors) == 1:
+        return _wide(factors[0].dense())
+    result: Tensor | None = None
+    scales: Tensor | None = None  # of the rows, while only diagonals have come
+    for factor in factors:
+        diagonal = _wide(factor.vector.tensor()) if isinstance(factor, Diagonal) else None
+        if result is None and diagonal is not None:
+            scales = diagonal if scales is None else scales * diagonal
+        elif result is None:
+            dense = _wide(factor.dense())
+            result = dense if scales is None else scales[:, None] * dense
+        else:
+            result = result * diagonal if diagonal is not None else result @ _wide(factor.dense())
+    return torch.diag(scales) if result is None else result  # type: ignore[arg-type]
 
 
 def _grid_pair(grid: Grid) -> Pair:
     """Write k x k blocks of rank q as one pair of rank k^2 q."""
     k = grid.grid
-    up = grid.up.tensor().unflatten(2, (k, -1))
-    down = grid.down.tensor().unflatten(1, (k, -1))
+    up = _wide(grid.up.tensor()).unflatten(2, (k, -1))
+    down = _wide(grid.down.tensor()).unflatten(1, (k, -1))
     rank, eye = up.shape[-1], torch.eye(k, dtype=up.dtype, device=up.device)
     wide = torch.einsum("jonq,jm->jomnq", up, eye)  # row block j, then rank index (output block m = j, n, q)
     tall = torch.einsum("njqi,nm->jnqmi", down, eye)  # rank index (j, n, q), then column block m = n
@@ -73,7 +95,7 @@ def _grid_pair(grid: Grid) -> Pair:
 def _reflected(product: Product) -> Pair | None:
     """W0 H - W0 = -(W0 V) T V^T."""
     base, *rest = list(product.factors)
-    if len(rest) != 1 or not isinstance(rest[0], Reflections):
+    if len(rest) != 1 or not isinstance(rest[0], Reflections) or base.inner is not None:
         return None
     unit, core = rest[0].compact()
     return -(base.dense().to(unit.dtype) @ unit) @ core, unit.T  # type: ignore[operator]
@@ -93,18 +115,18 @@ def dense_change(expression: Weight, base: Tensor) -> Tensor:
     return expression.dense().to(dtype) - base.to(dtype)
 
 
-def truncated(pair: Pair, rank: int) -> tuple[Pair, Tensor]:
-    """Return the best pair of that rank, and all singular values, by QR of the factors and never their product.
+def truncated(pair: Pair, rank: int | None, max_error: float | None) -> tuple[Pair, float]:
+    """Return the best pair of smaller rank and its relative Frobenius error; the product is never formed.
 
     Args:
         pair: up (out, r) and down (r, in).
-        rank: at most r.
+        rank: of the result; None takes the smallest within `max_error`.
+        max_error: largest relative error; 0..1.
     """
     q_up, r_up = torch.linalg.qr(pair[0])
     q_down, r_down = torch.linalg.qr(pair[1].T)
-    left, values, right = torch.linalg.svd(r_up @ r_down.T)
-    root = values[:rank].sqrt()
-    return (q_up @ left[:, :rank] * root, root[:, None] * (right[:rank] @ q_down.T)), values
+    left, values, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    return _leading(q_up @ left, values, right @ q_down.T, rank, max_error)
 
 
 def approximated(matrix: Tensor, rank: int | None, max_error: float | None) -> tuple[Pair, float]:
@@ -116,6 +138,13 @@ def approximated(matrix: Tensor, rank: int | None, max_error: float | None) -> t
         max_error: largest relative Frobenius error; 0..1.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return _leading(left, values, right, rank, max_error)
+
+
+def _leading(
+    left: Tensor, values: Tensor, right: Tensor, rank: int | None, max_error: float | None
+) -> tuple[Pair, float]:
+    """Cut a decomposition left @ diag(values) @ right, split evenly between both factors."""
     chosen = smallest_rank(values, max_error) if rank is None else min(rank, len(values))
     root = values[:chosen].sqrt()
     return (left[:, :chosen] * root, root[:, None] * right[:chosen]), tail_error(values, chosen)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +23,11 @@ from ..layers import (
     fold,
     require,
 )
-from ..weights import Pair, Pooled, Weight, term_is_dense
+from ..weights import Gated, Pair, Pooled, Sum, Weight
 from . import card, peft, portable
 from .change import Pair as Factors
-from .change import (
-    approximated,
-    dense_change,
-    direction_of,
-    exact_change,
-    smallest_rank,
-    tail_error,
-    truncated,
-)
-from .files import complete_folder
+from .change import approximated, dense_change, direction_of, exact_change, truncated
+from .files import complete_folder, write_text
 from .report import Report
 
 FORMATS = ("peft", "portable", "dense")
@@ -72,7 +66,7 @@ def export(
 
     Raises:
         Incompatible: the form cannot hold the adapter.
-        InvalidOption: a change is not of low rank and neither `rank` nor `max_error` is given.
+        InvalidOption: a change is not of low rank and neither `rank` nor `max_error` is given, or both are.
         OutputExists: the folder is there.
     """
     if format not in FORMATS:
@@ -81,12 +75,16 @@ def export(
         raise InvalidOption(f"rank must be at least 1, not {rank}")
     if max_error is not None and not 0 < max_error < 1:
         raise InvalidOption(f"max_error must lie between 0 and 1, not {max_error}")
+    if format == "dense" and (rank, max_error) != (None, None):
+        raise InvalidOption("the dense form is exact: leave rank= and max_error= away")
+    if rank is not None and max_error is not None:
+        raise InvalidOption("rank= and max_error= both choose the rank; pass one of them")
     adaptation = require(model)
     adapter = adaptation.adapter(name)
     report = Report(format, str(path))
-    with complete_folder(path, overwrite=overwrite) as folder:
+    with complete_folder(path, overwrite=overwrite) as folder, _alone(adaptation, adapter):
         if format == "dense":
-            _write_dense(model, adapter, folder, report)
+            _write_dense(model, folder, report, adapter)
         else:
             writer = _write_peft if format == "peft" else _write_portable
             writer(adaptation, adapter, folder, report, rank, max_error, drop_whole)
@@ -94,10 +92,25 @@ def export(
     return report
 
 
-def _write_dense(model: nn.Module, adapter: Adapter, folder: Path, report: Report) -> None:
-    plain = copy.deepcopy(model)
-    require(plain).use([adapter.name])
-    fold(plain)
+@contextlib.contextmanager
+def _alone(adaptation: Adaptation, adapter: Adapter) -> Iterator[None]:
+    """Within the block the adapter stands on the base itself, not on another adapter."""
+    active = adaptation.active
+    if active == (adapter.name,):
+        yield
+        return
+    flags = [(parameter, parameter.requires_grad) for parameter in adaptation.root.parameters()]
+    adaptation.use([adapter.name])
+    try:
+        yield
+    finally:
+        adaptation.use(active)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _write_dense(model: nn.Module, folder: Path, report: Report, adapter: Adapter) -> None:
+    plain = fold(copy.deepcopy(model))
     report.rows += [{"weight": p, "rank": None, "exact": True, "error": 0.0} for p in adapter.paths]
     save = getattr(plain, "save_pretrained", None)
     if callable(save):
@@ -110,10 +123,8 @@ def _write_dense(model: nn.Module, adapter: Adapter, folder: Path, report: Repor
 
 def _write_card(adaptation: Adaptation, adapter: Adapter, folder: Path, report: Report) -> None:
     notes = {"format": report.format, "largest relative error": f"{report.largest_error:.3g}"}
-    record = {"base": {"name": _base_name(adaptation.root)}, **adapter.record}
-    (folder / "README.md").write_text(
-        card.model_card(record, notes).replace("library_name: rankfold", "library_name: peft")
-    )
+    base = {"name": _base_name(adaptation.root), "class": type(adaptation.root).__name__}
+    write_text(folder / "README.md", card.model_card({**adapter.record, "base": base}, notes, library="peft"))
 
 
 def _base_name(model: nn.Module) -> str:
@@ -146,10 +157,20 @@ def _write_peft(
     else:
         written = _as_lora(adaptation, expressions, report, rank, max_error)
     written.whole = {k: v.detach() for k, v in adaptation.whole(adapter.name).items()}
-    written.options |= _options(adaptation)
+    transposed = [isinstance(adaptation.layers[path], StructuredTransposedLinear) for path in expressions]
+    written.options |= _options(adaptation) | {"fan_in_fan_out": any(transposed)}
+    written.options |= _unambiguous(adaptation.root, list(expressions))
     if written.whole:
         written.options["modules_to_save"] = sorted({str(m) for m in adapter.record.get("train", ())})
     peft.write(folder, written)
+
+
+def _unambiguous(model: nn.Module, paths: list[str]) -> dict[str, Any]:
+    """Return targets as one pattern where peft would take a path for the end of another one, too."""
+    names = {name for name, _ in model.named_modules() if name not in paths}
+    if not any(name.endswith(f".{path}") for path in paths for name in names):
+        return {}
+    return {"target_modules": "|".join(re.escape(path) for path in sorted(paths))}
 
 
 def _row(path: str, rank: int, error: float = 0.0, exact: bool = True) -> dict[str, Any]:
@@ -163,7 +184,7 @@ def _checked(adaptation: Adaptation, adapter: Adapter, form: str) -> dict[str, W
     expressions = adaptation.expressions(adapter.name)
     for path, expression in expressions.items():
         layer = adaptation.layers[path]
-        if not term_is_dense(_still(expression)):
+        if any(isinstance(module, Gated) for module in expression.modules()):
             raise NotDense(
                 f"{_method(adapter)} differs from token to token, which a plain LoRA file cannot hold"
             )
@@ -183,17 +204,13 @@ def _checked(adaptation: Adaptation, adapter: Adapter, form: str) -> dict[str, W
     return expressions
 
 
-def _still(expression: Weight) -> Weight:
-    """Return the expression as it is in evaluation, without dropout."""
-    return copy.deepcopy(expression).eval() if expression.training else expression
-
-
 def _method(adapter: Adapter) -> str:
     structure = adapter.record.get("recipe", {}).get("structure", [adapter.name])
     return str(structure[0])
 
 
-def _kind(layer: StructuredLayer) -> tuple[str, tuple[int, ...]]:
+def kind_and_window(layer: StructuredLayer) -> tuple[str, tuple[int, ...]]:
+    """Return what peft's format calls a layer, linear, embedding or convolution, and the window of the last."""
     if isinstance(layer, StructuredEmbedding):
         return "embedding", ()
     if isinstance(layer, StructuredConv):
@@ -206,11 +223,13 @@ def _as_vera(
 ) -> peft.PeftAdapter | None:
     if set(adapter.shared) != {"up", "down"} or not all(_is_vera(e) for e in expressions.values()):
         return None
-    if any(_kind(adaptation.layers[p])[0] != "linear" for p in expressions):
+    if any(kind_and_window(adaptation.layers[p])[0] != "linear" for p in expressions):
         return None
     layers = {
         p: {leaf: e.leaf(leaf).tensor().detach() for leaf in ("b", "d")} for p, e in expressions.items()
     }
+    if len({leaves["d"].shape for leaves in layers.values()}) > 1:
+        return None  # peft's VeRA has one rank for all layers
     shared = {key: getattr(adaptation.root, attribute) for key, attribute in adapter.shared.items()}
     return peft.PeftAdapter("VERA", layers, dict.fromkeys(layers, "linear"), shared=shared)
 
@@ -235,14 +254,8 @@ def _as_lora(
         layer = adaptation.layers[path]
         leaves, alpha, row = _lora_leaves(path, expression, layer, rank, max_error)
         written.layers[path], written.alphas[path] = leaves, alpha
-        written.kinds[path], written.windows[path] = _kind(layer)
+        written.kinds[path], written.windows[path] = kind_and_window(layer)
         report.rows.append(row)
-    transposed = {isinstance(adaptation.layers[p], StructuredTransposedLinear) for p in expressions}
-    if len(transposed) > 1:
-        raise Incompatible(
-            "peft cannot hold LoRA of nn.Linear and of transformers' Conv1D in one adapter; export dense"
-        )
-    written.options["fan_in_fan_out"] = transposed == {True}
     return written
 
 
@@ -267,11 +280,10 @@ def _lora_leaves(
 
 def _single_pair(expression: Weight) -> Pair | None:
     """Return the pair of an expression that is W0 plus one plain trained product, so that its alpha can be kept."""
-    pairs = list(expression.pairs())
-    exact = exact_change(expression)
-    if len(pairs) != 1 or exact is None or pairs[0].gate is not None:
+    pairs, leaves = list(expression.pairs()), list(expression.leaves())
+    if len(pairs) != 1 or pairs[0].gate is not None or len(pairs[0].up.shape) != 2 or len(leaves) != 3:
         return None
-    return pairs[0] if pairs[0].up.shape[1:] == exact[0].shape[1:] and len(pairs[0].up.shape) == 2 else None
+    return pairs[0] if isinstance(expression, Sum) else None
 
 
 @torch.no_grad()
@@ -283,27 +295,19 @@ def change_of(
     Raises:
         InvalidOption: the change is not of low rank and neither `rank` nor `max_error` is given.
     """
-    exact = exact_change(_still(expression))
+    exact = exact_change(expression)
     if exact is not None:
-        return _cut(path, exact, rank, max_error)
-    if rank is None and max_error is None:
+        full = exact[0].shape[1]
+        if max_error is None and (rank is None or rank >= full):
+            return exact, _row(path, full)
+        pair, error = truncated(exact, rank, max_error)
+    elif rank is None and max_error is None:
         raise InvalidOption(
             f"{path}: this change is not of low rank; pass rank= or max_error= for its best approximation"
         )
-    pair, error = approximated(dense_change(expression, layer.matrix()), rank, max_error)
+    else:
+        pair, error = approximated(dense_change(expression, layer.matrix()), rank, max_error)
     return pair, _row(path, pair[0].shape[1], error, exact=error == 0)
-
-
-def _cut(
-    path: str, pair: Factors, rank: int | None, max_error: float | None
-) -> tuple[Factors, dict[str, Any]]:
-    full = pair[0].shape[1]
-    if (rank is None or rank >= full) and max_error is None:
-        return pair, _row(path, full)
-    _, values = truncated(pair, full)
-    chosen = min(full, rank) if rank is not None else smallest_rank(values, max_error)
-    error = tail_error(values, chosen)
-    return truncated(pair, chosen)[0], _row(path, chosen, error, exact=False)
 
 
 # portable ---------------------------------------------------------------------------------------------
@@ -320,7 +324,7 @@ def _write_portable(
 ) -> None:
     expressions = _checked(adaptation, adapter, "portable")
     for path in expressions:
-        if _kind(adaptation.layers[path])[0] != "linear":
+        if kind_and_window(adaptation.layers[path])[0] != "linear":
             raise Incompatible(
                 f"{path}: servers read LoRA of linear layers only; leave it out of targets or export dense"
             )

@@ -1,13 +1,15 @@
 """The native form of an adapter: a folder of `rankfold.json`, `rankfold.safetensors` and a model card.
 
-The JSON holds the recipe, ranks, seed, versions, the base's name and revision, a cheap fingerprint of the base and
-the hash of the tensor file. Tensor names are `<module path>:<leaf>`, `shared:<key>` for what layers share, and
+The JSON holds the recipe, ranks, seed, versions, the base's name and revision, a cheap fingerprint of the base, the
+hash of the tensor file and its own. Tensor names are `<module path>:<leaf>`, `shared:<key>` for what layers share, and
 `whole:<parameter>` for modules trained whole; they never depend on a position in an expression.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,26 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaseMismatch, FormatError, MissingPath
-from ..layers import Adaptation, StructuredLayer
+from ..layers import Adaptation, StructuredLayer, kind_of
 from . import card
-from .files import complete_folder, digest, read_json, read_tensors, write_json, write_tensors
+from .files import (
+    complete_folder,
+    digest,
+    json_text,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 FORMAT_VERSION = 1
 RECORD, TENSORS = "rankfold.json", "rankfold.safetensors"
+CHECKPOINT_TENSORS = "model.safetensors"  # the name that trainers look for
 _SAMPLES = 8
-_TOLERANCE = (
-    0.3  # of the root mean square: quantised and half-precision copies of a base pass, other bases do not
-)
+# Of the root mean square, over all weights and for any one of them: quantised and half-precision copies of a base
+# pass, other bases do not.
+_TOLERANCE, _TOLERANCE_OF_ONE = 0.3, 0.6
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,29 @@ def check_names(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, T
             raise FormatError(f"{key} has shape {tuple(tensors[key].shape)} in the file, not {tuple(shape)}")
 
 
+def anchors(
+    model: nn.Module, paths: Iterable[str], layers: Mapping[str, StructuredLayer]
+) -> dict[str, StructuredLayer]:
+    """Return the layers by which a base is known, by path.
+
+    They are the adapted layers; where a module's output is edited, the first layer inside it.
+    """
+    found: dict[str, StructuredLayer] = {}
+    for path in paths:
+        inside = {path: layers[path]} if path in layers else _first_layer(model, path)
+        found.update(inside)
+    return found
+
+
+def _first_layer(model: nn.Module, path: str) -> dict[str, StructuredLayer]:
+    for name, module in model.get_submodule(path).named_modules():
+        kind = None if isinstance(module, StructuredLayer) else kind_of(module)
+        layer = kind(module) if kind else module
+        if isinstance(layer, StructuredLayer):
+            return {f"{path}.{name}" if name else path: layer}
+    return {}
+
+
 def base_of(model: nn.Module, layers: Mapping[str, StructuredLayer]) -> dict[str, Any]:
     """Describe the base: class, name, revision, and per weight its shape and a few of its numbers."""
     config = getattr(model, "config", None)
@@ -98,41 +133,56 @@ def _fingerprint(layer: StructuredLayer) -> dict[str, Any]:
     return {
         "shape": list(matrix.shape),
         "sample": [float(f"{v:.6g}") for v in sample],
-        "rms": float(f"{rms:.6g}"),
+        "rms": float(f"{rms:.6g}") if math.isfinite(rms) else 0.0,
     }
 
 
 def _sample(matrix: Tensor) -> list[float]:
     rows = torch.linspace(0, matrix.shape[0] - 1, _SAMPLES).long()
     columns = torch.linspace(0, matrix.shape[1] - 1, _SAMPLES).flip(0).long()
-    picked = matrix[rows.to(matrix.device), columns.to(matrix.device)]
-    return [float(v) for v in picked.float().cpu()]
+    picked = matrix[rows.to(matrix.device), columns.to(matrix.device)].float().cpu()
+    return [float(v) if math.isfinite(v) else 0.0 for v in picked]
 
 
-def check_base(model: nn.Module, record: Mapping[str, Any], layers: Mapping[str, StructuredLayer]) -> None:
+def check_base(record: Mapping[str, Any], layers: Mapping[str, StructuredLayer]) -> None:
     """Compare a model with the base that an adapter was made for.
+
+    Args:
+        record: of the adapter.
+        layers: the layers by which the base is known (`anchors`).
 
     Raises:
         BaseMismatch: a shape differs, or the numbers are those of another model.
     """
-    weights, total, distance = record["base"]["weights"], 0.0, 0.0
+    total, distance = 0.0, 0.0
     for path, layer in layers.items():
-        known = weights.get(path)
+        known = record["base"]["weights"].get(path)
         if known is None:
             raise FormatError(f"the adapter's record says nothing of {path}")
-        if list(layer.shape) != list(known["shape"]):
-            shape = "x".join(map(str, layer.shape))
-            raise BaseMismatch(
-                f"{path} is {shape} here and {'x'.join(map(str, known['shape']))} in the adapter's base"
-            )
-        now = _sample(layer.matrix().detach())
-        distance += sum(abs(a - b) for a, b in zip(now, known["sample"], strict=True))
-        total += known["rms"] * _SAMPLES
-    if total and distance / total > _TOLERANCE:
-        name = record["base"].get("name") or record["base"].get("class")
-        raise BaseMismatch(
-            f"the adapter was made for another base ({name}): its weights' numbers are not those here"
-        )
+        check_shape(path, layer, tuple(known["shape"]))
+        pairs = zip(_sample(layer.matrix().detach()), known["sample"], strict=True)
+        apart, size = sum(abs(a - b) for a, b in pairs), known["rms"] * _SAMPLES
+        if apart > _TOLERANCE_OF_ONE * size:
+            raise _other_base(record, f"the numbers of {path} are others here")
+        distance, total = distance + apart, total + size
+    if distance > _TOLERANCE * total:
+        raise _other_base(record, "its weights' numbers are not those here")
+
+
+def check_shape(path: str, layer: StructuredLayer, known: tuple[int, ...]) -> None:
+    """Compare the shape of a weight with that in an adapter's base.
+
+    Raises:
+        BaseMismatch: they differ.
+    """
+    if layer.shape != known:
+        here, there = ("x".join(map(str, shape)) for shape in (layer.shape, known))
+        raise BaseMismatch(f"{path} is {here} here and {there} in the adapter's base")
+
+
+def _other_base(record: Mapping[str, Any], how: str) -> BaseMismatch:
+    name = record["base"].get("name") or record["base"].get("class")
+    return BaseMismatch(f"the adapter was made for another base ({name}): {how}")
 
 
 def write(
@@ -156,15 +206,24 @@ def write_into(
     file: str,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write record, tensors and card into a folder that exists; the record comes last."""
+    """Write record, tensors and card into a folder that exists; the record comes last.
+
+    A record that is interrupted names the hash of a tensor file that is no longer there, and is refused.
+    """
     write_tensors(folder / file, tensors)
     full = {
         **record,
         "format_version": FORMAT_VERSION,
         "tensors": {"file": file, "sha256": digest(folder / file)},
     }
-    (folder / "README.md").write_text(card.model_card(full, notes or {}), encoding="utf-8")
-    write_json(folder / RECORD, full)
+    write_text(folder / "README.md", card.model_card(full, notes or {}))
+    write_json(folder / RECORD, {**full, "sha256": record_digest(full)})
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a record, its own entry left out."""
+    text = json_text({key: value for key, value in record.items() if key != "sha256"})
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def read(path: str | Path) -> NativeAdapter:
@@ -187,36 +246,44 @@ def read(path: str | Path) -> NativeAdapter:
     return NativeAdapter(record, read_tensors(file))
 
 
+# What a record holds at least, and of which type. A bool is no int here.
+_KINDS: dict[str, type] = {
+    "recipe": dict, "seed": int, "targets": list, "ranks": dict, "train": list, "base": dict, "tensors": dict,
+    "plan": str,
+}  # fmt: skip
+
+
 def _check_record(record: dict[str, Any], folder: Path) -> None:
-    version = record.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    file, version = folder / RECORD, record.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise FormatError(f"{file} has no format version")
+    if version > FORMAT_VERSION:
         raise FormatError(
             f"{folder} has format version {version}; this Rankfold reads up to {FORMAT_VERSION}: update it"
         )
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "format_version": int, "recipe": dict, "seed": int, "targets": list, "ranks": dict, "train": list,
-        "base": dict, "tensors": dict, "plan": str,
-    }  # fmt: skip
-    for key, kind in kinds.items():
-        if not isinstance(record.get(key), kind) or isinstance(record.get(key), bool):
-            raise FormatError(f"{folder / RECORD} lacks {key!r} or has something else there")
-    inner = record["tensors"]
-    file, weights = inner.get("file"), record["base"].get("weights")
-    if not isinstance(file, str) or Path(file).name != file or not isinstance(inner.get("sha256"), str):
-        raise FormatError(f"{folder / RECORD} does not name its tensor file")
+    for key, kind in _KINDS.items():
+        if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
+            raise FormatError(f"{file} lacks {key!r} or has something else there")
+    if record.get("sha256") != record_digest(record):
+        raise FormatError(f"{file} was changed after it was written: its hash is not the one in it")
+    if record["tensors"].get("file") not in (TENSORS, CHECKPOINT_TENSORS):
+        raise FormatError(f"{file} does not name its tensor file")
+    weights = record["base"].get("weights")
     if not isinstance(weights, dict) or not all(_is_fingerprint(w) for w in weights.values()):
-        raise FormatError(f"{folder / RECORD} does not describe its base")
+        raise FormatError(f"{file} does not describe its base")
     if not all(isinstance(p, str) and p in record["ranks"] for p in record["targets"]):
-        raise FormatError(f"{folder / RECORD} lacks the rank of a target")
+        raise FormatError(f"{file} lacks the rank of a target")
 
 
 def _is_fingerprint(known: Any) -> bool:
-    if not isinstance(known, dict) or not isinstance(known.get("rms"), int | float):
+    if not isinstance(known, dict):
         return False
-    sample, shape = known.get("sample"), known.get("shape")
-    numbers = (
-        isinstance(sample, list)
-        and len(sample) == _SAMPLES
-        and all(isinstance(v, int | float) for v in sample)
-    )
-    return numbers and isinstance(shape, list) and all(isinstance(v, int) for v in shape)
+    sample, shape, rms = known.get("sample"), known.get("shape"), known.get("rms")
+    numbers = isinstance(sample, list) and len(sample) == _SAMPLES and all(map(_is_number, sample))
+    sizes = isinstance(shape, list) and all(isinstance(n, int) for n in shape)
+    return numbers and sizes and isinstance(rms, int | float) and _is_number(rms) and rms >= 0
+
+
+def _is_number(value: Any) -> bool:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and abs(value) <= 1e300  # neither infinite nor too large for a float

@@ -27,13 +27,16 @@ _LEAVES = {
 }
 _LEAVES["convolution"] = _LEAVES["linear"]
 _SHARED = {"up": "base_model.vera_B", "down": "base_model.vera_A"}
-# What changes the meaning of the tensors and is not read; any other value than these is refused.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "lora_bias": (False,), "bias": ("none",), "use_qalora": (False,), "use_bdlora": (None, False),
-    "alora_invocation_tokens": (None, []), "layer_replication": (None, []), "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}), "kasa_config": (None,), "velora_config": (None,),
-    "monteclora_config": (None,), "arrow_config": (None,), "megatron_config": (None,), "loftq_config": (None, {}),
+# The fields that say nothing of the tensors' meaning, or that are read. Any other field, also one of a later version,
+# must be unset, for what it says would be lost.
+_HARMLESS = {
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_core",
+    "qalora_group_size", "init_lora_weights", "init_weights", "eva_config", "corda_config", "lora_ga_config",
+    "ensure_weight_tying", "runtime_config", "projection_prng_key", "save_projection", "vera_dropout", "d_initial",
 }  # fmt: skip
+_UNSET: tuple[Any, ...] = (None, False, "none", [], {})
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
@@ -49,6 +52,7 @@ class PeftAdapter:
         alphas: per module path, alpha.
         shared: for VeRA, the shared up and down.
         whole: tensors of modules trained whole, by parameter name.
+        bases: copies of base weights that peft puts beside adapted embeddings, by module path.
         options: other fields of the configuration.
     """
 
@@ -59,6 +63,7 @@ class PeftAdapter:
     alphas: dict[str, float] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
+    bases: dict[str, Tensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
     def rank(self, path: str) -> int:
@@ -104,8 +109,7 @@ def tensors(adapter: PeftAdapter) -> dict[str, Tensor]:
     result = {}
     for (path, leaf), name in names(adapter).items():
         value = adapter.layers[path][leaf]
-        kind = adapter.kinds.get(path, "linear") if adapter.kind == "LORA" else "linear"
-        result[name] = to_disk(leaf, value, kind, adapter.windows.get(path, ()))
+        result[name] = to_disk(leaf, value, adapter.kinds[path], adapter.windows.get(path, ()))
     result.update({_SHARED[key]: value for key, value in adapter.shared.items()})
     result.update({f"{_PREFIX}{key}": value for key, value in adapter.whole.items()})
     return result
@@ -180,18 +184,18 @@ def read(path: str | Path) -> PeftAdapter:
     _refuse_lost_features(settings, folder)
     found = read_tensors(folder / TENSORS)
     try:
-        return _assemble(kind, settings, found, folder)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{folder / CONFIG} does not describe its tensors: {error}") from None
+        return assemble(settings, found)
+    except FormatError as error:
+        raise FormatError(f"{folder} {error}") from None
+    except Exception as error:  # whatever a changed file makes of shapes and types
+        raise FormatError(f"{folder / CONFIG} does not describe its tensors: {error!r}") from None
 
 
 def _refuse_lost_features(settings: Mapping[str, Any], folder: Path) -> None:
-    for key, neutral in _NEUTRAL.items():
-        if key in settings and settings[key] not in neutral:
+    for key, value in settings.items():
+        if key not in _HARMLESS and value not in _UNSET:
             raise Incompatible(
-                f"{folder} uses {key}={settings[key]!r}, which would be lost; convert it to plain LoRA first"
+                f"{folder} uses {key}={value!r}, which would be lost; convert it to plain LoRA first"
             )
     start = settings.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(_MOVES_BASE):
@@ -201,77 +205,87 @@ def _refuse_lost_features(settings: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _assemble(
-    kind: str, settings: Mapping[str, Any], found: Mapping[str, Tensor], folder: Path
-) -> PeftAdapter:
-    adapter = PeftAdapter(kind, {}, {})
+def assemble(settings: Mapping[str, Any], found: Mapping[str, Tensor]) -> PeftAdapter:
+    """Return the adapter that a configuration and its tensors on disk mean: the inverse of `config` and `tensors`.
+
+    Raises:
+        FormatError: they do not belong together; the sentence goes on after the folder's name.
+    """
+    adapter = PeftAdapter(str(settings["peft_type"]), {}, {})
     rest = dict(found)
-    if kind == "VERA":
+    if adapter.kind == "VERA":
         adapter.shared = {key: rest.pop(name) for key, name in _SHARED.items() if name in rest}
         if len(adapter.shared) < 2:
-            raise FormatError(
-                f"{folder} does not hold the shared pair of its VeRA; save it with save_projection=True"
-            )
+            raise FormatError("does not hold the shared pair of its VeRA; save it with save_projection=True")
     for name, value in found.items():
-        place = _place(name, value, kind)
-        if place is None:
-            continue
-        path, leaf, layer_kind = place
-        if leaf != "magnitude" or layer_kind == "convolution":
-            adapter.kinds[path] = layer_kind
-        adapter.layers.setdefault(path, {})[leaf] = from_disk(leaf, value, layer_kind)
-        if layer_kind == "convolution" and leaf == "down":
-            adapter.windows[path] = tuple(value.shape[2:])
-        del rest[name]
-    _take_whole(adapter, settings, rest, folder)
-    _check_layers(adapter, folder)
-    adapter.alphas = {
-        path: _alpha(settings, path, adapter.rank(path)) for path in adapter.layers if kind == "LORA"
-    }
+        place = _place(name, value, adapter.kind)
+        if place is not None:
+            _take_leaf(adapter, *place, value)
+            del rest[name]
+    _take_bases(adapter, rest)
+    _take_whole(adapter, settings, rest)
+    _check_layers(adapter, bool(settings.get("use_dora")))
+    if adapter.kind == "LORA":
+        adapter.alphas = {path: _alpha(settings, path, adapter.rank(path)) for path in adapter.layers}
     return adapter
 
 
 def _place(name: str, value: Tensor, kind: str) -> tuple[str, str, str] | None:
-    for layer_kind in ("vera",) if kind == "VERA" else ("linear", "embedding"):
-        for leaf, suffix in _LEAVES[layer_kind].items():
+    """Return path, leaf and layer kind of a tensor on disk, or None where it is no leaf of a layer."""
+    for table in ("vera",) if kind == "VERA" else ("linear", "embedding"):
+        for leaf, suffix in _LEAVES[table].items():
             if name.startswith(_PREFIX) and name.endswith(f".{suffix}"):
                 path = name[len(_PREFIX) : -len(suffix) - 1]
-                convolution = layer_kind == "linear" and value.dim() > 2
-                return (
-                    path,
-                    leaf,
-                    "convolution" if convolution else "linear" if kind == "VERA" else layer_kind,
-                )
+                layer_kind = "linear" if table == "vera" else table
+                return path, leaf, "convolution" if value.dim() > 2 else layer_kind
     return None
 
 
-def _take_whole(
-    adapter: PeftAdapter, settings: Mapping[str, Any], rest: Mapping[str, Tensor], folder: Path
-) -> None:
+def _take_leaf(adapter: PeftAdapter, path: str, leaf: str, kind: str, value: Tensor) -> None:
+    if leaf != "magnitude" or kind == "convolution":
+        if adapter.kinds.setdefault(path, kind) != kind:
+            raise FormatError(f"holds tensors of {path} that belong to layers of two kinds")
+    if kind == "convolution" and leaf == "down":
+        adapter.windows[path] = tuple(value.shape[2:])
+    adapter.layers.setdefault(path, {})[leaf] = from_disk(leaf, value, kind)
+
+
+def _take_bases(adapter: PeftAdapter, rest: dict[str, Tensor]) -> None:
+    """Set apart the copies of base weights that peft writes beside adapted embeddings and output heads."""
+    for path in adapter.layers:
+        value = rest.pop(f"{_PREFIX}{path}.base_layer.weight", None)
+        if value is not None:
+            adapter.bases[path] = value
+
+
+def _take_whole(adapter: PeftAdapter, settings: Mapping[str, Any], rest: Mapping[str, Tensor]) -> None:
     whole = tuple(settings.get("modules_to_save") or ())
     for name, value in rest.items():
         key = name.removeprefix(_PREFIX)
-        if not any(part in whole for part in key.split(".")):
-            raise FormatError(f"{folder} holds {name}, which is no part of a {adapter.kind} adapter")
+        if not any(f".{module}." in f".{key}" for module in whole):
+            raise FormatError(f"holds {name}, which is no part of a {adapter.kind} adapter")
         adapter.whole[key] = value
 
 
-def _check_layers(adapter: PeftAdapter, folder: Path) -> None:
+def _check_layers(adapter: PeftAdapter, dora: bool) -> None:
     needed = {"b", "d"} if adapter.kind == "VERA" else {"up", "down"}
+    needed |= {"magnitude"} if dora else set()
     if not adapter.layers:
-        raise FormatError(f"{folder} holds no adapted layer")
+        raise FormatError("holds no adapted layer")
     for path, leaves in adapter.layers.items():
-        if not needed <= set(leaves):
-            raise FormatError(f"{folder} lacks {', '.join(sorted(needed - set(leaves)))} of {path}")
-    dora = {path for path, leaves in adapter.layers.items() if "magnitude" in leaves}
-    if dora and len(dora) < len(adapter.layers):
-        raise FormatError(f"{folder} has a DoRA magnitude for some layers only")
+        if set(leaves) != needed:
+            lacking, extra = sorted(needed - set(leaves)), sorted(set(leaves) - needed)
+            what = f"lacks {', '.join(lacking)}" if lacking else f"holds {', '.join(extra)}"
+            raise FormatError(f"{what} of {path}, against its configuration")
+        if "up" in leaves and leaves["up"].shape[1] != leaves["down"].shape[0]:
+            raise FormatError(f"gives {path} two factors whose ranks differ")
 
 
 def _alpha(settings: Mapping[str, Any], path: str, rank: int) -> float:
-    alpha = settings.get("lora_alpha", 8)
-    for key, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            alpha = value
-            break
-    return float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
+    """Return the alpha that divided by the rank gives a layer's scale."""
+    patterns = settings.get("alpha_pattern") or {}
+    keys = [key for key in patterns if re.match(rf"(.*\.)?({key})$", path)]
+    alpha = float(patterns[keys[0]] if keys else settings.get("lora_alpha", 8))
+    if not math.isfinite(alpha):
+        raise FormatError(f"gives {path} an alpha that is not finite")
+    return alpha * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)

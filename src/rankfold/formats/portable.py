@@ -6,7 +6,6 @@ and B of linear layers, explicit last names as targets.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..errors import Incompatible, RankfoldError
 from . import peft
-from .files import read_json, read_tensors, write_json, write_tensors
+from .files import read_json, read_tensors
 
 LARGEST_RANK = 512
 _MUST_BE: dict[str, tuple[Any, ...]] = {
@@ -26,7 +25,8 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (False, None), "alora_invocation_tokens": (None, []), "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []), "layers_to_transform": (None, []), "fan_in_fan_out": (False, None),
     "init_lora_weights": (True, None), "exclude_modules": (None, []), "arrow_config": (None,),
-    "kasa_config": (None,), "velora_config": (None,), "monteclora_config": (None,),
+    "kasa_config": (None,), "velora_config": (None,), "monteclora_config": (None,), "megatron_config": (None,),
+    "ensure_weight_tying": (False, None), "loftq_config": (None, {}),
 }  # fmt: skip
 
 
@@ -49,27 +49,18 @@ def write(folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], options: Map
         raise Incompatible(
             f"rank {rank} is above {LARGEST_RANK}, the most that servers take; pass rank= or max_error="
         )
-    tensors = {}
-    for path, (up, down) in pairs.items():
-        missing = rank - up.shape[1]
-        tensors[f"base_model.model.{path}.lora_B.weight"] = torch.nn.functional.pad(up, (0, missing))
-        tensors[f"base_model.model.{path}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, missing))
-    adapter = peft.PeftAdapter(
-        "LORA",
-        {p: {"up": u, "down": d} for p, (u, d) in pairs.items()},
-        dict.fromkeys(pairs, "linear"),
-        options=dict(options),
-    )
-    settings = peft.config(adapter) | {
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": sorted({path.rpartition(".")[2] for path in pairs}),
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    write_tensors(folder / peft.TENSORS, tensors)
-    write_json(folder / peft.CONFIG, settings)
+    layers = {path: _padded(*pair, rank) for path, pair in pairs.items()}
+    last_names = sorted({path.rpartition(".")[2] for path in pairs})
+    settings = {**options, "target_modules": last_names}
+    peft.write(folder, peft.PeftAdapter("LORA", layers, dict.fromkeys(pairs, "linear"), options=settings))
     return rank
+
+
+def _padded(up: Tensor, down: Tensor, rank: int) -> dict[str, Tensor]:
+    """Fill both factors with zeros up to a rank, which is alpha too, for a scale of 1."""
+    missing = rank - up.shape[1]
+    pad = torch.nn.functional.pad
+    return {"up": pad(up, (0, missing)), "down": pad(down, (0, 0, 0, missing))}
 
 
 def check(folder: str | Path) -> list[str]:
@@ -93,13 +84,13 @@ def check(folder: str | Path) -> list[str]:
 def _check_settings(settings: Mapping[str, Any]) -> Iterator[str]:
     for key, good in _MUST_BE.items():
         if settings.get(key) not in good:
-            yield f"{key} is {settings[key]!r}; servers ignore or refuse anything but {good[0]!r}"
+            yield f"{key} is {settings.get(key)!r}; servers ignore or refuse anything but {good[0]!r}"
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if alpha is None or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if not _is_number(alpha):
         yield "lora_alpha is missing: servers refuse the adapter or assume a scale"
     elif alpha != rank:
         yield f"lora_alpha is {alpha} and r is {rank}: fold the scale into B and set them equal"
-    if not isinstance(rank, int) or not 1 <= rank <= LARGEST_RANK:
+    if not _is_number(rank) or not isinstance(rank, int) or not 1 <= rank <= LARGEST_RANK:
         yield f"r is {rank!r}; servers take 1 to {LARGEST_RANK}"
     targets = settings.get("target_modules")
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
@@ -108,8 +99,11 @@ def _check_settings(settings: Mapping[str, Any]) -> Iterator[str]:
         yield "target_modules holds dotted paths; servers compare last names"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
+
+
 def _check_tensors(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    rank, targets = settings.get("r"), settings.get("target_modules")
     sides: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         path, side = _split(name)
@@ -120,16 +114,22 @@ def _check_tensors(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
         else:
             sides.setdefault(path, {})[side] = value
     for path, pair in sides.items():
-        if set(pair) != {"A", "B"}:
-            yield f"{path} lacks lora_{'AB'.strip(*pair)}"
-        elif pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
-            yield f"{path} has rank {pair['A'].shape[0]}, not r = {rank}: some servers scale by one and some by the other"
-        if isinstance(targets, list) and path.rpartition(".")[2] not in targets:
-            yield f"{path} is not among target_modules"
-        if not all(torch.isfinite(value).all() for value in pair.values()):
-            yield f"{path} holds numbers that are not finite"
+        yield from _check_pair(path, pair, settings)
     if not sides:
         yield "there is no adapted layer"
+
+
+def _check_pair(path: str, pair: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Iterator[str]:
+    rank, targets = settings.get("r"), settings.get("target_modules")
+    if set(pair) != {"A", "B"}:
+        yield f"{path} lacks lora_{'B' if 'A' in pair else 'A'}"
+    elif pair["A"].shape[0] != rank or pair["B"].shape[1] != rank:
+        sizes = f"{pair['A'].shape[0]} in A and {pair['B'].shape[1]} in B"
+        yield f"{path} has rank {sizes}, not r = {rank}: some servers scale by one and some by the other"
+    if isinstance(targets, list) and path.rpartition(".")[2] not in targets:
+        yield f"{path} is not among target_modules"
+    if not all(torch.isfinite(value).all() for value in pair.values()):
+        yield f"{path} holds numbers that are not finite"
 
 
 def _split(name: str) -> tuple[str | None, str | None]:

@@ -263,6 +263,7 @@ class Adaptation:
             path = target.path.rpartition(".")[0]
             module = self._attention(target, target.module)
         if self.root.get_submodule(path) is not module:
+            module.train(module.original.training)  # it may have been made some time ago
             _set_module(self.root, path, module)
         self.inference_path.avoid(self.root, path)
 
@@ -459,9 +460,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        adaptation.use(active)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags[name])
+        if adaptation_of(model) is adaptation:  # else the last adapter was removed in the block
+            adaptation.use([name for name in active if name in adaptation.adapters])
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(flags.get(name, False))
 
 
 def remove(model: nn.Module, name: str | None = None) -> nn.Module:

@@ -78,7 +78,7 @@ class StructuredLayer(nn.Module):
 
     @property
     def lender(self) -> StructuredLayer | None:
-        """The layer with the same stored tensor whose expressions this one uses, if it has none of its own."""
+        """The layer with the same stored tensor whose expressions this one uses, or None."""
         return self._lender[0] if self._lender else None
 
     @property
@@ -152,7 +152,7 @@ class StructuredLinear(StructuredLayer):
         expression = self.expression
         if expression is None:
             return self.original.forward(x)  # type: ignore[no-any-return]
-        return expression(x, self._parameters["bias"])  # type: ignore[no-any-return]
+        return expression.forward(x, self._parameters["bias"])
 
 
 class StructuredTransposedLinear(StructuredLinear):
@@ -329,13 +329,20 @@ def kind_of(module: nn.Module) -> type[StructuredLayer] | None:
     """
     if why_refused(module):
         return None
-    if type(module) in _EXACT:
-        return _EXACT[type(module)]
+    for kind, structured in _EXACT.items():
+        if isinstance(module, kind):
+            return structured
     if isinstance(module, nn.Linear):
         weight = module.weight
-        plain = type(module).forward is nn.Linear.forward and type(weight) is nn.Parameter
-        return StructuredLinear if plain and type(weight.data) is Tensor else StructuredForeign
+        stored = type(weight) is nn.Parameter and type(weight.data) is Tensor
+        return StructuredLinear if stored and not _own_forward(module, nn.Linear) else StructuredForeign
     return StructuredTransposedLinear
+
+
+def _own_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes something else than its kind; the hooks of accelerate only move tensors."""
+    patched = "forward" in module.__dict__ and "_hf_hook" not in module.__dict__
+    return patched or type(module).forward is not kind.forward
 
 
 def why_refused(module: nn.Module) -> str | None:
@@ -343,13 +350,16 @@ def why_refused(module: nn.Module) -> str | None:
     transposed = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
     if not transposed and not isinstance(module, _PRODUCTS):
         return "is no layer that can hold an expression"
-    if not isinstance(module, nn.Linear) and not transposed and type(module) not in _EXACT:
+    kind = next((kind for kind in _EXACT if isinstance(module, kind)), None)
+    if (transposed and _own_forward(module, type(module))) or (kind and _own_forward(module, kind)):
         return "has a forward of its own, so what it does beside its product is not known"
     weight = module._parameters.get("weight")
     if weight is None or module._modules:
         return "computes its weight from other tensors (a parametrisation); remove that first"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "has no shape yet; call the model once first"
+    if weight.is_meta and "_hf_hook" in module.__dict__:
+        return "is offloaded and its weight is not there; adapt before dispatching the model"
     if getattr(module, "max_norm", None) is not None:
         return "has max_norm, which rewrites its stored rows in every forward; set max_norm=None"
     return None

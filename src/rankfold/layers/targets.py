@@ -206,7 +206,7 @@ def _matched(model: nn.Module, pattern: str | re.Pattern[str], found: list[Targe
 
 def _nothing(model: nn.Module, pattern: str | re.Pattern[str], found: list[Target]) -> list[Target]:
     text = pattern if isinstance(pattern, str) else pattern.pattern
-    refused = [(p, m) for p, m in model.named_modules() if p and matches(p, pattern)]
+    refused = [(p, m) for p, m in own_modules(model).items() if matches(p, pattern)]
     refused.sort(key=lambda named: any(named[1].children()))
     if refused and text not in PRESETS:
         path, module = refused[0]
@@ -223,17 +223,23 @@ def _nothing(model: nn.Module, pattern: str | re.Pattern[str], found: list[Targe
     raise UnknownTarget(f"target {text!r} matches nothing in {type(model).__name__}{hint}")
 
 
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules inside a model by path, without those that adapters brought."""
+    adapters = [f"{p}.adapters" for p, m in model.named_modules() if isinstance(m, StructuredLayer)]
+    named = {p: m for p, m in model.named_modules() if p and ".rankfold_" not in p}
+    return {p: m for p, m in named.items() if not p.startswith(tuple(adapters))}
+
+
 def find_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Return the dotted names of modules that are to be trained whole.
 
     Raises:
         UnknownTarget: a name is that of no module.
     """
-    adapted = [f"{p}.adapters" for p, m in model.named_modules() if isinstance(m, StructuredLayer)]
-    modules = {p: m for p, m in model.named_modules() if not p.startswith(tuple(adapted))}
+    modules = own_modules(model)
     result: list[str] = []
     for name in [names] if isinstance(names, str) else names:
-        hits = [path for path in modules if path and matches(path, name)]
+        hits = [path for path in modules if matches(path, name)]
         if not hits:
             raise UnknownTarget(
                 f"train={name!r} is no module of {type(model).__name__}{near_names(name, modules)}"

@@ -60,7 +60,9 @@ def watch_first_forward(model: nn.Module, layers: Mapping[str, StructuredLayer])
     called = {id(layer): path for path, layer in layers.items() if not layer.materialised}
     watch = FirstForward(set(called.values()))
     for layer in [m for m in model.modules() if isinstance(m, StructuredLayer)]:
-        path = called.get(id(layer.lender or layer))  # a call of a tied layer counts for the one it is tied to
+        path = called.get(
+            id(layer.lender or layer)
+        )  # a call of a tied layer counts for the one it is tied to
         if path is not None:
             watch.handles.append(layer.register_forward_pre_hook(_Called(watch, path)))
     watch.handles.append(model.register_forward_hook(watch))

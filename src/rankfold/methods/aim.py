@@ -16,7 +16,7 @@ from ..layers import (
     find_targets,
     kind_of,
 )
-from ..layers.targets import attention_projection, candidates, matches
+from ..layers.targets import attention_projection, candidates, matches, own_modules
 from .recipe import Resolved
 
 
@@ -52,8 +52,8 @@ def _activation_targets(model: nn.Module, wanted: Targets) -> list[Target]:
     patterns = [wanted] if isinstance(wanted, str | re.Pattern) else list(wanted)
     found = [
         Target(p, m)
-        for p, m in model.named_modules()
-        if p and any(matches(p, pattern) for pattern in patterns)
+        for p, m in own_modules(model).items()
+        if any(matches(p, pattern) for pattern in patterns)
     ]
     if not found:
         raise UnknownTarget(f"targets {patterns} match no module of {type(model).__name__}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InvalidOption
+from ..errors import InvalidOption, OutputExists
 from ..formats import native
 from ..layers import Adaptation, adaptation_of, require
 from . import registry
@@ -23,7 +23,7 @@ def describe(adaptation: Adaptation, name: str) -> dict[str, Any]:
     adapter = adaptation.adapter(name)
     recipe = Recipe.from_dict(adapter.record["recipe"])
     method = registry.get("structure", adapter.record["recipe"]["structure"][0])
-    layers = {path: adaptation.layers[path] for path in adapter.paths if path in adaptation.layers}
+    layers = native.anchors(adaptation.root, adapter.paths, adaptation.layers)
     return {
         **adapter.record,
         "name": name,
@@ -43,8 +43,6 @@ class Checkpoints:
     it, and it can never be taken for a whole model with weights missing.
     """
 
-    tensors = "model.safetensors"  # the name that trainers look for
-
     def __init__(self, model: nn.Module) -> None:
         self._model = (model,)
 
@@ -63,7 +61,9 @@ class Checkpoints:
         """Write the active adapter into a folder, beside what is there.
 
         Raises:
-            InvalidOption: several adapters are active, or `push_to_hub` is asked for.
+            InvalidOption: no adapter is active or several are, or `push_to_hub` is asked for.
+            OutputExists: there is a file, or the folder holds the `config.json` of a whole model, with which the
+                adapter's tensors would be taken for that model's.
         """
         adaptation = require(self._model[0])
         if len(adaptation.active) != 1:
@@ -78,9 +78,10 @@ class Checkpoints:
             )
         if is_main_process:
             folder, name = Path(save_directory), adaptation.active[0]
+            _refuse_whole_model(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            record = describe(adaptation, name)
-            native.write_into(folder, record, native.tensors_of(adaptation, name), self.tensors, None)
+            record, tensors = describe(adaptation, name), native.tensors_of(adaptation, name)
+            native.write_into(folder, record, tensors, native.CHECKPOINT_TENSORS)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -93,3 +94,13 @@ class Checkpoints:
         assert adaptation is not None
         native.fill(adaptation, adaptation.adapter().name, state_dict)
         return nn.modules.module._IncompatibleKeys([], [])
+
+
+def _refuse_whole_model(folder: Path) -> None:
+    if folder.is_file():
+        raise OutputExists(f"{folder} is a file, not a folder")
+    if (folder / "config.json").exists():
+        raise OutputExists(
+            f"{folder} holds the config.json of a whole model, and an adapter beside it would be taken for that "
+            "model's weights; choose another folder, or rankfold.fold(model) first for a whole checkpoint"
+        )

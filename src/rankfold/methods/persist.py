@@ -7,17 +7,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import BaseMismatch, FormatError, MissingDependency, MissingPath, RankfoldError
+from ..errors import (
+    BaseMismatch,
+    FormatError,
+    Incompatible,
+    MissingDependency,
+    MissingPath,
+    RankfoldError,
+)
 from ..formats import native, peft
-from ..layers import StructuredEmbedding, require
+from ..formats.export import kind_and_window
+from ..layers import StructuredLayer, require
 from ..weights import owned
 from .checkpoints import describe
 from .prepare import Prepared, install, prepare
 from .recipe import Recipe, resolve
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# All that is fetched from a hub repository, which may hold much more; the last is written by `rankfold adapt`.
+_HUB_FILES = [
+    native.RECORD, native.TENSORS, native.CHECKPOINT_TENSORS, peft.CONFIG, peft.TENSORS, "README.md", "config.yaml",
+]  # fmt: skip
+_ANY_FILE_HOLDS = 2**16
 
 
 def save(
@@ -47,20 +61,21 @@ def save(
     Raises:
         NotAdapted: the model holds no such adapter.
         OutputExists: the folder is there and not empty.
+        MissingDependency: `push_to_hub` is asked for without huggingface_hub.
     """
     adaptation = require(model)
     adapter = adaptation.adapter(name)
+    hub = _hub() if push_to_hub else None
     record = describe(adaptation, adapter.name)
     folder = native.write(
         path, record, native.tensors_of(adaptation, adapter.name), overwrite=overwrite, notes=notes
     )
-    if push_to_hub:
-        _upload(folder, push_to_hub if isinstance(push_to_hub, str) else folder.name)
+    if hub is not None:
+        _upload(hub, folder, push_to_hub if isinstance(push_to_hub, str) else folder.resolve().name)
     return folder
 
 
-def _upload(folder: Path, repository: str) -> None:
-    hub = _hub()
+def _upload(hub: Any, folder: Path, repository: str) -> None:
     api = hub.HfApi()
     identity = api.create_repo(repository, exist_ok=True).repo_id
     api.upload_folder(repo_id=identity, folder_path=str(folder), commit_message="Upload a Rankfold adapter")
@@ -117,8 +132,7 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
     if folder.exists() or not _HUB_ID.fullmatch(str(path)):
         raise MissingPath(f"there is no folder {path}")
     try:
-        patterns = ["*.json", "*.safetensors", "README.md"]
-        return Path(_hub().snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+        return Path(_hub().snapshot_download(str(path), revision=revision, allow_patterns=_HUB_FILES))
     except RankfoldError:
         raise
     except Exception as error:  # the hub's own errors have no common base
@@ -130,8 +144,9 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
 def _load_native(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
     adapter = native.read(folder)
     record = adapter.record
+    _check_ranks(record, adapter.tensors)
     prepared = _rebuild(model, record, name or str(record.get("name", "default")))
-    native.check_base(model, record, prepared.layers)
+    native.check_base(record, native.anchors(model, prepared.adapter.paths, prepared.layers))
     if prepared.adapter.record["plan"] != record["plan"]:
         raise FormatError(
             f"{folder}: this version of Rankfold plans the shared indices differently; it cannot load them"
@@ -141,32 +156,44 @@ def _load_native(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
     return model
 
 
+def _check_ranks(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse ranks that no such file can have, before tensors of their size are made."""
+    limit = max(_ANY_FILE_HOLDS, sum(tensor.numel() for tensor in tensors.values()))
+    for path, rank in record["ranks"].items():
+        if rank is not None and (type(rank) is not int or not 1 <= rank <= limit):
+            raise FormatError(f"the adapter's record gives {path} the impossible rank {str(rank)[:20]}")
+
+
 def _rebuild(model: nn.Module, record: Mapping[str, Any], name: str) -> Prepared:
-    """Build the shapes of a recorded adapter."""
+    """Build the shapes of a recorded adapter.
+
+    Raises:
+        RankfoldError: the model has no such places, or the record makes no sense, whatever it holds.
+    """
     try:
         resolved = resolve(Recipe.from_dict(record["recipe"]), {})
-        modules = dict(model.named_modules(remove_duplicate=False))
-        _check_paths(modules, record)
-        exact = re.compile("|".join(re.escape(path) for path in record["targets"]))
+        _check_paths(dict(model.named_modules(remove_duplicate=False)), record)
         return prepare(
             model,
             resolved,
-            targets=exact,
+            targets=re.compile("|".join(re.escape(path) for path in record["targets"])),
             name=name,
             seed=record["seed"],
-            train=record["train"],
+            train=[f"re:{re.escape(path)}" for path in record["train"]],
             heads=False,
             blank=True,
             ranks=record["ranks"],
         )
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except RankfoldError:
+        raise
+    except Exception as error:  # whatever a changed record makes of types, sizes and shapes
         raise FormatError(f"the adapter's record is not consistent: {error!r}") from None
 
 
 def _check_paths(modules: Mapping[str, nn.Module], record: Mapping[str, Any]) -> None:
     if not record["targets"]:
         raise FormatError("the adapter's record names no targets")
-    for path in record["targets"]:
+    for path in [*record["targets"], *record["train"]]:
         parent = path.rpartition(".")[0]
         if path not in modules and not isinstance(
             getattr(modules.get(parent), "original", modules.get(parent)), nn.MultiheadAttention
@@ -192,32 +219,71 @@ def _expected(model: nn.Module, prepared: Prepared) -> dict[str, tuple[int, ...]
 
 
 def _put(model: nn.Module, prepared: Prepared, tensors: Mapping[str, Tensor]) -> None:
-    adaptation = install(model, prepared)
-    native.fill(adaptation, prepared.adapter.name, tensors)
+    adaptation, name = install(model, prepared), prepared.adapter.name
+    try:
+        native.fill(adaptation, name, tensors)
+    except BaseException:
+        adaptation.remove(name)
+        raise
+
+
+# peft -------------------------------------------------------------------------------------------------
 
 
 def _load_peft(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
     adapter = peft.read(folder)
-    record = _peft_record(adapter)
-    prepared = _rebuild(model, record, name or "default")
-    tensors = {f"whole:{key}": value for key, value in adapter.whole.items()}
-    tensors.update({f"shared:{key}": value for key, value in adapter.shared.items()})
-    for path, leaves in adapter.layers.items():
-        scale = adapter.alphas.get(path, 1.0) / adapter.rank(path) if adapter.kind == "LORA" else 1.0
-        layer = prepared.layers[path]
-        if adapter.kinds[path] == "embedding" and not isinstance(layer, StructuredEmbedding):
-            raise FormatError(f"{path} is adapted as an embedding in the file and is none here")
-        for leaf, value in leaves.items():
-            tensors[f"{path}:{leaf}"] = (
-                value * scale if leaf == "up" and not _common_alpha(adapter) else value
-            )
+    prepared = _rebuild(model, _peft_record(adapter), name or "default")
+    for path in adapter.layers:
+        _check_peft_layer(path, adapter, prepared.layers.get(path))
+    tensors = _peft_tensors(adapter)
     expected = _expected(model, prepared)
-    for key, tensor in list(tensors.items()):
-        if key.startswith("shared:") and key in expected:
-            tensors[key] = _leading(tensor, expected[key])
+    for key in adapter.shared:
+        tensors[f"shared:{key}"] = _leading(adapter.shared[key], expected[f"shared:{key}"])
     native.check_names(expected, tensors)
     _put(model, prepared, tensors)
     return model
+
+
+def _check_peft_layer(path: str, adapter: peft.PeftAdapter, layer: StructuredLayer | None) -> None:
+    """Refuse a layer that is not of the kind and shape that a peft file was made for.
+
+    Raises:
+        BaseMismatch: the model has another kind of layer there, or other shapes or numbers.
+        Incompatible: peft's change of such a layer is another map.
+    """
+    leaves, kind = adapter.layers[path], adapter.kinds[path]
+    if layer is None or (kind, adapter.windows.get(path, ())) != kind_and_window(layer):
+        raise BaseMismatch(f"{path} is adapted as {kind} in the file, and is no such layer here")
+    if layer.op.groups > 1:
+        raise Incompatible(f"{path}: peft's LoRA of a grouped convolution is another map")
+    if kind == "embedding" and "magnitude" in leaves:
+        raise Incompatible(f"{path}: peft's DoRA of an embedding scales columns, Rankfold's rows")
+    if "up" in leaves:
+        native.check_shape(path, layer, (leaves["up"].shape[0], leaves["down"].shape[1]))
+    base = adapter.bases.get(path)
+    if base is not None and not _same_numbers(base, layer.stored()):
+        raise BaseMismatch(
+            f"the file holds a copy of {path} with other numbers than here: its vocabulary was changed or trained"
+        )
+
+
+def _same_numbers(copy: Tensor, stored: Tensor) -> bool:
+    """Say whether two copies of a weight are the same up to half precision."""
+    if copy.shape != stored.shape:
+        return False
+    here, there = stored.detach().float(), copy.to(stored.device).float()
+    return bool(torch.linalg.vector_norm(here - there) <= 0.01 * torch.linalg.vector_norm(here))
+
+
+def _peft_tensors(adapter: peft.PeftAdapter) -> dict[str, Tensor]:
+    """Return the tensors of layers and whole modules by saved name; scales that differ are folded in."""
+    tensors = {f"whole:{key}": value for key, value in adapter.whole.items()}
+    fold_in = adapter.kind == "LORA" and _common_alpha(adapter) is None
+    for path, leaves in adapter.layers.items():
+        tensors.update({f"{path}:{leaf}": value for leaf, value in leaves.items()})
+        if fold_in:
+            tensors[f"{path}:up"] = leaves["up"].float() * (adapter.alphas[path] / adapter.rank(path))
+    return tensors
 
 
 def _leading(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -225,30 +291,24 @@ def _leading(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor[tuple(slice(n) for n in shape)]
 
 
-def _common_alpha(adapter: peft.PeftAdapter) -> bool:
-    """Whether one alpha serves all layers; otherwise every scale is folded into its up factor."""
+def _common_alpha(adapter: peft.PeftAdapter) -> float | None:
+    """Return the one alpha that serves all layers, or None: every scale is then folded into its up factor."""
     ranks = {adapter.rank(path) for path in adapter.layers}
-    return len(ranks) == 1 and len(set(adapter.alphas.values())) == 1
+    alphas = set(adapter.alphas.values())
+    return min(alphas) if len(ranks) == len(alphas) == 1 and min(alphas) > 0 else None
 
 
 def _peft_record(adapter: peft.PeftAdapter) -> dict[str, Any]:
     """Return the record of an adapter that was read from a peft folder."""
-    ranks = {path: adapter.rank(path) for path in adapter.layers}
     if adapter.kind == "VERA":
         structure: tuple[str, dict[str, Any]] = ("vera", {})
     else:
         dora = any("magnitude" in leaves for leaves in adapter.layers.values())
-        alpha = next(iter(adapter.alphas.values())) if _common_alpha(adapter) else None
-        structure = ("dora" if dora else "lora", {"alpha": alpha})
-    recipe = {"structure": list(structure), "dynamics": []}
+        structure = ("dora" if dora else "lora", {"alpha": _common_alpha(adapter)})
     return {
-        "recipe": recipe,
+        "recipe": {"structure": list(structure), "dynamics": []},
         "seed": 0,
         "targets": list(adapter.layers),
-        "ranks": ranks,
-        "train": _whole_modules(adapter),
+        "ranks": {path: adapter.rank(path) for path in adapter.layers},
+        "train": sorted({key.rpartition(".")[0] for key in adapter.whole}),
     }
-
-
-def _whole_modules(adapter: peft.PeftAdapter) -> list[str]:
-    return sorted({key.rpartition(".")[0] for key in adapter.whole})

@@ -14,7 +14,8 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..errors import InvalidOption, UnknownMethod, near_names
 
@@ -110,7 +111,7 @@ class Method:
         """Return the options with defaults filled in.
 
         Raises:
-            InvalidOption: an option is unknown, or a number is not finite.
+            InvalidOption: an option is unknown or of another kind, or a number is not finite.
         """
         for key, value in options.items():
             if key not in self.options:
@@ -121,13 +122,28 @@ class Method:
         return {**self.options, **options}
 
     def _check_value(self, key: str, value: Any) -> None:
-        default = self.options[key]
         if isinstance(value, float) and not math.isfinite(value):
             raise InvalidOption(f"{self.name}: {key} must be a finite number, not {value}")
-        if isinstance(default, bool) != isinstance(value, bool) and default is not None:
-            raise InvalidOption(f"{self.name}: {key} must be like {default!r}, not {value!r}")
-        if isinstance(default, int | float) and not isinstance(value, int | float):
-            raise InvalidOption(f"{self.name}: {key} must be a number, not {value!r}")
+        hint = get_type_hints(self.build).get(key, Any)
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if value is None and NoneType in kinds:
+            return
+        wanted = next((phrase for kind, phrase, fits in _KINDS if kind in kinds and not fits(value)), None)
+        if wanted is not None:
+            raise InvalidOption(f"{self.name}: {key} must be {wanted}, not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# What an option's annotation asks of its value.
+_KINDS: tuple[tuple[type, str, Callable[[Any], bool]], ...] = (
+    (bool, "true or false", lambda value: isinstance(value, bool)),
+    (float, "a number", _is_number),
+    (int, "a whole number", lambda value: _is_number(value) and isinstance(value, int)),
+    (str, "a text", lambda value: isinstance(value, str)),
+)
 
 
 _METHODS: dict[tuple[str, str], Method] = {}

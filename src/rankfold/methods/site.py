@@ -217,6 +217,7 @@ class Site(Place):
         *,
         form: Callable[[Dense, Dense], Weight] = lambda up, down: up @ down,
         dropout: float = 0.0,
+        prefix: str = "",
     ) -> Weight:
         """Return `scaling * up @ down`, minus its start where that is residual.
 
@@ -225,18 +226,19 @@ class Site(Place):
             scaling: the constant before the product.
             form: how the two leaves make a map; a plain product by default.
             dropout: probability that an input entry of the trained product is dropped, in [0, 1).
+            prefix: of the leaves' names, where a structure has several changes.
         """
         if not 0 <= dropout < 1:
             raise InvalidOption(f"dropout must be in [0, 1), not {dropout}")
-        up, down = self.trained(factors.up, "up"), self.trained(factors.down, "down")
+        up, down = self.trained(factors.up, f"{prefix}up"), self.trained(factors.down, f"{prefix}down")
         change: Weight = scaling * form(up, down)
         if dropout:
             change = Dropped(change, dropout)
         if factors.start != "residual":
             return change
         start = form(
-            self.frozen(up.value.detach().clone(), "up.start"),
-            self.frozen(down.value.detach().clone(), "down.start"),
+            self.frozen(up.value.detach().clone(), f"{prefix}up.start"),
+            self.frozen(down.value.detach().clone(), f"{prefix}down.start"),
         )
         return change - scaling * start
 

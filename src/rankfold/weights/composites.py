@@ -373,15 +373,13 @@ class Product(Composite):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Apply through the small pair where there is one, else factor by factor or as one matrix."""
-        if self._denser(op.tokens(x)):
-            return op.apply(x, self.dense().to(x.dtype), bias)
         pair, split = self.keep()  # type: ignore[misc]
-        if pair is not None:
-            return op.add(op.low_rank(x, *_cast(pair, x)), bias)
         if split is not None:
             return _added(x, split.base, bias, op, split.trained)
-        if op.groups > 1:
+        if self._denser(op.tokens(x)) or (pair is None and op.groups > 1):
             return op.apply(x, self.dense().to(x.dtype), bias)
+        if pair is not None:
+            return op.add(op.low_rank(x, *_cast(pair, x)), bias)
         y = self.factors[-1](x, op=op)
         for factor in reversed(list(self.factors)[:-1]):
             y = op.channels(y, factor)

@@ -14,7 +14,6 @@ Backward passes are written in differentiable operations; where a saved intermed
 from a second derivative, it is computed again.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -42,15 +41,16 @@ def _cast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-def forms(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+def forms(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, blocks: int = 1) -> bool:
     """Say whether forming a matrix (out, in) costs fewer multiply-adds than applying its thin factors to x.
 
-    Per unit of rank, applying costs tokens (in + out) each in forward and for the gradient to the input, forming
-    costs in out each; without gradients there is forward only.
+    Per unit of rank, applying costs tokens (in + out) each in forward and for the gradient to the input,
+    forming costs in out / blocks each, for a grid of that many blocks a side; without gradients there is
+    forward only.
     """
     uses = 2 if torch.is_grad_enabled() else 1
-    tokens = x.numel() // max(1, x.shape[-1])
-    return dtype in _WIDE and tokens * sum(shape) > uses * math.prod(shape)
+    out, columns = shape
+    return x.numel() * (out + columns) * blocks > uses * out * columns * columns and dtype in _WIDE
 
 
 def _form(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _evaluated(
         matrix = _form(weight, up, down)
         return F.linear(x, matrix if ratio is None else matrix.mul_(ratio[:, None]), bias), None
     y = F.linear(x, weight, bias if ratio is None else None)
-    flat, inner = y.view(-1, y.shape[-1]), F.linear(_flat(x), down)
+    flat, inner = y.view(-1, len(up)), F.linear(_flat(x), down)
     flat.addmm_(inner, up.T)
     if ratio is not None:
         flat.mul_(ratio)
@@ -337,8 +337,8 @@ class _GridLinear(torch.autograd.Function):
         if formed:
             return F.linear(x, grid_matrix(up, down).add_(weight), bias)
         y = F.linear(x, weight, bias)
-        _blocks(_flat(y), len(up)).baddbmm_(_exchange(_blocks(_flat(x), len(up)) @ down.mT), up.mT)
-        return y
+        inner = _exchange(_blocks(_flat(x), len(up)) @ down.mT)
+        return y.add_((inner @ up.mT).transpose(0, 1).reshape(y.shape))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -388,7 +388,7 @@ def grid_matrix(up: Tensor, down: Tensor) -> Tensor:
 def grid_linear(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
     """Return `x @ (weight + grid_matrix(up, down)).T + bias`, keeping only x and the factors for backward."""
     tensors = _cast(x, weight, bias, up, down)
-    formed = forms(x, weight.shape, tensors[0].dtype)  # type: ignore[union-attr]
+    formed = forms(x, weight.shape, tensors[0].dtype, len(up))  # type: ignore[union-attr]
     result: Tensor = _GridLinear.apply(formed, *tensors)
     return result
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -314,27 +316,28 @@ def tick(*_: object) -> None:
 register_optimizer_step_post_hook(tick)
 
 
-@dataclass(frozen=True)
-class Versions:
-    """What identifies the present values of tensors: the tensors themselves, their versions and their memory."""
+class Versions(NamedTuple):
+    """What identifies the present values of tensors: the tensors themselves, their versions and memory."""
 
-    clock: int
-    marks: list[tuple[Tensor, int, int]]
+    tensors: list[Tensor]
+    numbers: list[int]
 
 
 def versions(tensors: list[Tensor]) -> Versions | None:
     """Return what identifies the tensors' present values, or None where that cannot be told."""
-    if any(t.is_inference() for t in tensors):
-        return None
-    return Versions(_clock, [(t, t._version, t.data_ptr()) for t in tensors])
+    numbers = [_clock]
+    for tensor in tensors:
+        if tensor.is_inference():
+            return None
+        numbers += (tensor._version, tensor.data_ptr())
+    return Versions(tensors, numbers)
 
 
 def same_versions(first: Versions | None, second: Versions | None) -> bool:
     """Say whether two results of `versions` name the same tensors, unchanged."""
-    if first is None or second is None or first.clock != second.clock:
+    if first is None or second is None:
         return False
-    pairs = zip(first.marks, second.marks, strict=False)
-    return len(first.marks) == len(second.marks) and all(a[0] is b[0] and a[1:] == b[1:] for a, b in pairs)
+    return first.numbers == second.numbers and all(map(operator.is_, first.tensors, second.tensors))
 
 
 def inference() -> bool:

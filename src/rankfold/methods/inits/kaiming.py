@@ -1,9 +1,9 @@
 """Kaiming start: a random down factor and a zero up factor, so the product is zero.
 
-    A ~ U(-b, b), b = sqrt(6 / ((1 + a^2) in)),   B = 0
+    A ~ U(-b, b), b = sqrt(6 / ((1 + a^2) in)),   B = 0,   B (out, r), A (r, in)
 
-LoRA's start (Hu et al. 2021) has a = sqrt(5), that is b = 1 / sqrt(in). For an embedding, of which rows are read,
-A ~ N(0, 1), as in the same paper's code.
+He et al. 2015. LoRA's start (Hu et al. 2021) has a = sqrt(5), the default, that is b = 1 / sqrt(in). For an
+embedding, of which rows are read, A ~ N(0, 1), as in LoRA's code.
 """
 
 import math
@@ -22,7 +22,14 @@ from ..site import Factors, Site
     formula="B = 0, A ~ U(-b, b), b = sqrt(6 / ((1 + a^2) in))",
 )
 def kaiming(site: Site, rank: int, scaling: float, *, a: float = math.sqrt(5)) -> Factors:
-    """Return a zero product."""
+    """Return a zero product.
+
+    Args:
+        site: the weight.
+        rank: inner dimension of B A.
+        scaling: not used.
+        a: slope of the rectifier that the bound is meant for, at least 0.
+    """
     if a < 0:
         raise InvalidOption(f"kaiming: a must be at least 0, not {a}")
     out, columns = site.shape

@@ -2,7 +2,10 @@
 
     W0 = Q R,   B0 = Q[:, :r],   A0 = R[:r, :],   W = W0 + s (B A - B0 A0)
 
-Bueyuekakyuez 2024. B0 A0 is the projection of W0 on the span of its first r columns; it is not divided by s.
+Bueyuekakyuez 2024. B0 (out, r) has orthonormal columns, A0 is (r, in). B0 A0 is the projection of W0 on the
+span of its first r columns; it is not divided by s.
+
+Deviation: W0 is never edited, its residual is a frozen term.
 """
 
 import torch

@@ -2,8 +2,11 @@
 
     W0 = U S V^T,   B0 = U_r (S_r / s)^(1/2),   A0 = (S_r / s)^(1/2) V_r^T,   W = W0 + s (B A - B0 A0)
 
-Meng et al. 2024. W0 is never edited: its residual is a frozen term. With `iterations`, the decomposition is
-randomised and oversampled (the paper's fast variant uses 16, without oversampling).
+Meng et al. 2024. B0 (out, r) and A0 (r, in) hold the leading r triplets, split evenly: s B0 A0 is the best
+approximation of W0 of rank r for every scaling s. With `iterations`, the decomposition is randomised.
+
+Deviations: W0 is never edited, its residual is a frozen term; the randomised form is oversampled, which the
+paper's fast variant (16 iterations) is not.
 """
 
 from ...errors import InvalidOption
@@ -23,7 +26,14 @@ from ..site import Factors, Site
     start=near_base(1e-5),
 )
 def pissa(site: Site, rank: int, scaling: float, *, iterations: int | None = None) -> Factors:
-    """Return the leading singular triplets, split evenly."""
+    """Return the leading singular triplets, split evenly.
+
+    Args:
+        site: the weight.
+        rank: number of triplets.
+        scaling: the constant before the product.
+        iterations: power iterations of a randomised decomposition; None takes the exact one.
+    """
     if iterations is not None and iterations < 0:
         raise InvalidOption(f"pissa: iterations must be at least 0, not {iterations}")
     left, values, right = truncated_svd(

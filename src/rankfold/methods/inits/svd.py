@@ -1,4 +1,9 @@
-"""The leading singular vectors of the weight as a frozen frame: W0 ~ U_r diag(S_r) V_r^T (Eckart and Young 1936)."""
+"""The leading singular triplets of the weight as a frozen frame.
+
+    W0 ~ U_r diag(S_r) V_r^T,   U_r (out, r), S_r (r,), V_r^T (r, in)
+
+Eckart and Young 1936: no approximation of rank r is nearer to W0.
+"""
 
 from ...errors import InvalidOption
 from ...linalg import truncated_svd
@@ -14,7 +19,14 @@ from ..site import Basis, Site
     formula="W0 ~ U_r diag(S_r) V_r^T",
 )
 def svd(site: Site, rank: int, scaling: float, *, iterations: int | None = None) -> Basis:
-    """Return the leading singular triplets; `iterations` makes the decomposition randomised."""
+    """Return the leading singular triplets.
+
+    Args:
+        site: the weight.
+        rank: number of triplets.
+        scaling: not used.
+        iterations: power iterations of a randomised decomposition; None takes the exact one.
+    """
     if iterations is not None and iterations < 0:
         raise InvalidOption(f"svd: iterations must be at least 0, not {iterations}")
     triplets = truncated_svd(site.matrix(), rank, iterations=iterations, generator=site.generator("range"))

@@ -1,9 +1,13 @@
-"""ABBA: the entrywise product of two trained low-rank matrices, one started at the weight's own leading subspace.
+"""ABBA: the entrywise product of two trained low-rank matrices, one started at the weight's leading subspace.
 
     W = W0 + s (B1 A1) . (B2 A2),   B1 = U_r sqrt(S_r), A1 = sqrt(S_r) V_r^T,   B2 = 0, A2 Kaiming with a = 0
 
-Singhal et al. 2025. Applied through the Khatri-Rao product of the factors, rank r^2, or through the matrix where
-that costs less. s = alpha, as in the official code. Start: the base, exactly.
+Singhal et al. 2025. B1, B2 in R^{out x r}, A1, A2 in R^{r x in} are all trained, nothing is subtracted from
+W0. Applied through the Khatri-Rao product of the factors, rank r^2, or through the matrix where that costs
+less. As in the official code r = 32 and s = alpha = r (there sqrt(alpha1 alpha2)). Start: the base, exactly.
+
+Deviations: both products have one rank, as in all of the paper's runs; the decomposition is exact, not
+randomised.
 """
 
 from ...linalg import truncated_svd
@@ -24,7 +28,13 @@ from ..site import Site, scaling_of
     rank=32,
 )
 def abba(site: Site, rank: int, *, alpha: float | None = None) -> Weight:
-    """Return W0 + s (B1 A1) . (B2 A2); both products have the given rank."""
+    """Return W0 + s (B1 A1) . (B2 A2).
+
+    Args:
+        site: the weight.
+        rank: of either product.
+        alpha: the scaling s itself; the rank by default.
+    """
     left, right = site.zeros(site.shape[0], rank), site.zeros(rank, site.shape[1])
     if not site.blank:
         u, values, vt = truncated_svd(site.matrix(), rank)

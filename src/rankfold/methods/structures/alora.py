@@ -2,7 +2,12 @@
 
     y_t = W0 x_t + 1[t >= t0] s B A x_t,   t0 = start of the last occurrence of the invocation in the prompt
 
-Greenewald et al. 2025. Rows without the invocation are the base model's. It cannot be folded. Start: the base, exactly.
+Greenewald et al. 2025. B in R^{out x r}, A in R^{r x in}, s = alpha / r. The invocation's own tokens are
+adapted; rows without it are the base model's. It cannot be folded. Rank 32 follows the paper's advice to take
+more than LoRA's. Start: the base, exactly.
+
+Deviation: the default targets are all projections of attention, where the paper adapts queries, keys and
+values.
 """
 
 from collections.abc import Sequence
@@ -47,7 +52,7 @@ class Invoked:
         return place[None] >= start[:, None]
 
     def start_of(self, ids: Tensor) -> Tensor:
-        """Return the position (batch,) where the last occurrence in ids (batch, token) starts, or the largest integer."""
+        """Return where the last occurrence in ids (batch, token) starts, (batch,), or the largest integer."""
         size = len(self.invocation)
         none = torch.full((ids.shape[0],), _NEVER, device=ids.device)
         if ids.shape[1] < size:
@@ -64,9 +69,10 @@ def invocation_gate(*, invocation: Sequence[int], **options: float) -> Invoked:
     Raises:
         InvalidOption: the invocation is empty or holds other things than token ids.
     """
-    if not invocation or not all(isinstance(token, int) for token in list(invocation)):
+    tokens = list(invocation) if isinstance(invocation, Sequence) else []
+    if not tokens or not all(isinstance(token, int) for token in tokens):
         raise InvalidOption(f"alora needs invocation=(token ids of the invocation), not {invocation!r}")
-    return Invoked(invocation)
+    return Invoked(tokens)
 
 
 @structure(

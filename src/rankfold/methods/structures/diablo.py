@@ -2,8 +2,10 @@
 
     W = W0 + blockdiag(D_1, ..., D_N),   D_i of ceil(out / N) x ceil(in / N), cropped to the weight
 
-Gurses et al. 2025. One SGD step moves the weight by exactly the diagonal blocks of the gradient. No scale.
-Start: the base, exactly.
+Gurses et al. 2025. One SGD step moves the weight by exactly the diagonal blocks of the gradient. No scale. N
+= 64 is the paper's for LLaMA-2-7B; fewer where the weight is smaller. Start: D = 0, the base, exactly.
+
+Deviation: no dropout by default, where the paper's runs use 0.05.
 """
 
 from ...errors import InvalidOption

@@ -1,9 +1,15 @@
 """DoRA: low-rank change of the direction of every row, a trained vector for its length.
 
-    V = W0 + s B A,   W = diag(m / ||V||_row) V,   m in R^out starts at ||W0||_row
+    V = W0 + s B A,   W = diag(m / ||V||_row) V,   B in R^{out x r}, A in R^{r x in}, s = alpha / r,
+    m in R^out starts at ||W0||_row
 
-Liu et al. 2024. The norm is left out of the gradient, as in the paper's section 4.3, and is expanded over the
-factors, so that B A is never formed. The bias is not scaled.
+Liu et al. 2024. The norm is a constant for the gradient, as the paper's section 4.3 suggests; detach=False
+lets it take part, and then no gradient reaches V along its own rows. The bias is not scaled. Dropout acts on
+the input of B A only. Rank and alpha are LoRA's; the paper halves LoRA's rank at equal quality. Start: the
+base up to rounding.
+
+Deviation: an embedding, like every other weight, is normalised by rows, so m has one entry per token; peft
+normalises its columns.
 """
 
 from ...weights import Normalized, Weight
@@ -24,11 +30,27 @@ from ..site import Site, scaling_of
     starts=("zero", "residual", "displaced"),
 )
 def dora(
-    site: Site, rank: int, *, alpha: float | None = None, rank_stabilised: bool = False, dropout: float = 0.0
+    site: Site,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    rank_stabilised: bool = False,
+    dropout: float = 0.0,
+    detach: bool = True,
 ) -> Weight:
-    """Return the row-normalised sum with a trained magnitude; arguments as for lora."""
+    """Return the row-normalised sum with a trained magnitude.
+
+    Args:
+        site: the weight.
+        rank: inner dimension of B A.
+        alpha: numerator of the scaling; the rank by default.
+        rank_stabilised: divide alpha by sqrt(rank) instead of rank.
+        dropout: probability, in [0, 1), of dropping an input entry of B A while training.
+        detach: leave the norm out of the gradient.
+    """
     direction = site.base + site.low_rank(rank, scaling_of(alpha, rank, rank_stabilised), dropout)
-    weight = Normalized(direction, site.trained(site.zeros(site.shape[0]), "magnitude"))
+    magnitude = site.trained(site.zeros(site.shape[0]), "magnitude")
+    weight = Normalized(direction, magnitude, detach=detach)
     if not site.blank:
         weight.magnitude.tensor().data.copy_(weight.norm().detach())
     return weight

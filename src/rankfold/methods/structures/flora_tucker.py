@@ -2,8 +2,13 @@
 
     W = W0 + s G x_1 U_out x_2 U_in x_3 U_h x_4 U_w,   G = 0,   linear: W = W0 + s U_out G U_in^T
 
-Si et al. 2024. Factors are Kaiming normal with a = sqrt(3), as in the original repository. On a convolution the
-change is a 1x1 mix to r channels, a small kernel and a 1x1 mix back. Start: the base, exactly.
+Si et al. 2024. G in R^{r_out x r_in x r_h x r_w}, U_out in R^{out x r_out}, U_in in R^{in x r_in}, ... are
+all trained. Factors are Kaiming normal with a = sqrt(3), as in the original repository; window_rank = 2 is
+its example's. On a convolution the change is a 1x1 mix to r channels, a small kernel and a 1x1 mix back.
+Start: the base, exactly.
+
+Deviations: s = alpha / r as in the authors' later library, 1 by default; one rank for both channel modes; an
+embedding is a matrix like any other, where the original repository adds one vector to every row.
 """
 
 import math

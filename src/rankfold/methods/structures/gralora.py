@@ -2,8 +2,10 @@
 
     block (j, n) of W = block (j, n) of W0 + s B_j[:, n q:(n+1) q] A_n[j q:(j+1) q, :],   q = r / k
 
-Jung et al. 2025. Parameters and multiply-adds are LoRA's, the rank reaches k r. An initialiser sees every block
-as a weight of its own. s = alpha / (r + r_h) with alpha = 2 r; r_h is the rank of an optional plain LoRA beside it.
+Jung et al. 2025. B_j in R^{out/k x r}, A_n in R^{r x in/k}. Parameters and multiply-adds are LoRA's, the rank
+reaches k r. An initialiser sees every block as a weight of its own. s = alpha / (r + r_h); r_h is the rank of
+an optional plain LoRA beside it. r = 32, k = 2 and alpha = 2 r are the paper's; it advises k = 4 from r = 64.
+Start: the base, exactly.
 """
 
 from torch import Tensor, stack
@@ -36,11 +38,24 @@ def _joined(tensors: list[Tensor], dim: int) -> Tensor:
     init="kaiming",
     starts=("zero", "residual", "displaced"),
     rank=32,
-    multiple=lambda options: int(options["k"]),
+    multiple=lambda options: max(1, int(options["k"])),
     refuses=("odd",),
 )
 def gralora(site: Site, rank: int, *, k: int = 2, hybrid_rank: int = 0, alpha: float | None = None) -> Weight:
-    """Return W0 plus the grid of k x k blocks, plus a plain product of rank hybrid_rank."""
+    """Return W0 plus the grid of k x k blocks, plus a plain product.
+
+    Args:
+        site: the weight, both sides multiples of k.
+        rank: of all blocks of a row together, a multiple of k.
+        k: number of blocks per side.
+        hybrid_rank: of the plain product; 0 leaves it out.
+        alpha: numerator of the scaling; twice the rank by default.
+    """
+    if k < 1 or not 0 <= hybrid_rank <= min(site.shape):
+        raise InvalidOption(
+            f"{site.path}: gralora needs k >= 1 and hybrid_rank in 0..{min(site.shape)}, "
+            f"not {k} and {hybrid_rank}"
+        )
     if any(size % k for size in site.shape):
         raise InvalidOption(
             f"{site.path}: gralora needs k={k} to divide both sides of the weight {site.shape}"
@@ -49,5 +64,4 @@ def gralora(site: Site, rank: int, *, k: int = 2, hybrid_rank: int = 0, alpha: f
     weight = site.base + site.change(grid_factors(site, rank, scaling, k), scaling, form=Grid)
     if not hybrid_rank:
         return weight
-    plain = site.factors(hybrid_rank, scaling)
-    return weight + scaling * (site.trained(plain.up, "plain.up") @ site.trained(plain.down, "plain.down"))
+    return weight + site.change(site.factors(hybrid_rank, scaling), scaling, prefix="plain.")

@@ -1,8 +1,9 @@
 """HiRA: every entry of the weight is scaled by one plus a low-rank change.
 
-    W = W0 . (1 + B A),   rank(W - W0) <= r rank(W0)
+    W = W0 . (1 + B A),   B in R^{out x r}, A in R^{r x in},   rank(W - W0) <= r rank(W0)
 
-Huang et al. 2025. No alpha. Entries of W0 that are zero never change. Start: the base, exactly.
+Huang et al. 2025 (ICLR). No alpha; r = 32 is the paper's. Entries of W0 that are zero never change. Start:
+the base up to rounding, B = 0.
 """
 
 from ...weights import Modulated, Weight

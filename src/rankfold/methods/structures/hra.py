@@ -2,8 +2,12 @@
 
     W = W0 H,   H = (I - 2 v_1 v_1^T) ... (I - 2 v_r v_r^T) = I - V T V^T,   v_i = u_i / ||u_i||
 
-Yuan et al. 2024. W W^T and the singular values stay those of W0; rank(W - W0) <= r. Every vector starts as a copy
-of its neighbour, so that the reflections cancel in pairs: the rank is even. The paper's regulariser is `penalty`.
+Yuan et al. 2024. u_i in R^in are trained. W W^T and the singular values stay those of W0; rank(W - W0) <= r.
+As in the official code r = 8 and the vectors are Kaiming uniform (a = sqrt 5), every one repeated so that the
+reflections cancel in pairs: the base up to rounding. The paper's regulariser is `penalty`.
+
+Deviations: the rank is even, an odd one could not start at the base; the strictly orthogonal (Gram-Schmidt)
+form is left out, for H = I - 2 Q Q^T is never the identity.
 """
 
 import math
@@ -36,7 +40,7 @@ def hra(site: Site, rank: int) -> Weight:
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """Return the sum over weights of ||I - V^T V||_F, to be added to the loss times the paper's lambda (1e-4)."""
+    """Return the sum over weights of ||I - V^T V||_F, added to the loss times lambda (paper: 1e-4)."""
     total = torch.zeros(())
     for module in model.modules():
         if isinstance(module, Reflections):

@@ -2,8 +2,10 @@
 
     W = W0 + s B A,   B in R^{out x r}, A in R^{r x in},   s = alpha / r
 
-Hu et al. 2021. Rank-stabilised scaling (Kalajdzievski 2023) is s = alpha / sqrt(r). Dropout acts on the input of
-the change only. Start: the base, exactly.
+Hu et al. 2021. Rank-stabilised scaling (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732) is s = alpha / sqrt(r).
+Dropout acts on the input of the change only. Rank 8, alpha = r and no dropout are the usual library defaults.
+On a convolution A is a kernel of r output channels and B mixes channels; on an embedding B is looked up.
+Start: the base, exactly.
 """
 
 from ...weights import Weight

@@ -1,8 +1,13 @@
 """LoRA-XS: a small trained core between frozen singular bases of the weight.
 
-    W = W0 + s (U_r S_r) R V_r^T,   R in R^{r x r} trained, ~ N(0, 1e-5)
+    W = W0 + s U_r R (S_r V_r^T),   R in R^{r x r} trained, ~ N(0, std^2)
 
-Balazy et al. 2024. The trained count is r^2, whatever the layer's size. Start: the base, up to 1e-5.
+Balazy et al. 2024. The trained count is r^2, whatever the layer's size. U_r (out, r), S_r (r, r) and V_r^T
+(r, in) are the leading singular triplets of W0 and stay frozen; the singular values scale the input side, as
+in the official code (A = S_r V_r^T, B = U_r). std = 1e-5 is the paper's. Start: the base up to a share of
+about 2 std sqrt(r).
+
+Deviation: alpha is the rank by default, so s = 1; the paper's runs set it.
 """
 
 from ...weights import Weight
@@ -16,15 +21,23 @@ from ..site import Site, scaling_of
     year=2024,
     arxiv="2405.17604",
     code="MohammadrezaBanaei/LoRA-XS",
-    formula="W = W0 + s (U_r S_r) R V_r^T",
+    formula="W = W0 + s U_r R (S_r V_r^T)",
     start=near_base(1e-3),
     init="svd",
     starts=("frame",),
     rank=16,
 )
 def lora_xs(site: Site, rank: int, *, alpha: float | None = None, std: float = 1e-5) -> Weight:
-    """Return W0 + s left R right; R starts at N(0, std^2)."""
+    """Return W0 + s left R right.
+
+    Args:
+        site: the weight.
+        rank: number of singular directions on either side.
+        alpha: numerator of the scaling alpha / rank; the rank by default.
+        std: standard deviation of R at the start.
+    """
     basis = site.basis(rank)
     core = site.trained(site.normal("core", rank, rank, std=std), "core")
-    change = site.frozen(basis.left * basis.values, "left") @ core @ site.frozen(basis.right, "right")
+    right = basis.values[:, None] * basis.right
+    change = site.frozen(basis.left, "left") @ core @ site.frozen(right, "right")
     return site.base + scaling_of(alpha, rank) * change

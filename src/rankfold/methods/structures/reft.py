@@ -2,9 +2,13 @@
 
     h' = h + R^T (W h + b - R h),   R in R^{r x d} with orthonormal rows,   so R h' = W h + b
 
-Wu et al. 2024. It acts on the output of a block, so there is no weight to fold it into. Positions "f7+l7" are the
-first and last seven tokens of the prompt, clipped to half of it each; generated tokens are not edited. In training
-the prompt is what comes before the first label. Start: not the base, W and b start like those of a linear layer.
+Wu et al. 2024. It acts on the output of a block, so there is no weight to fold it into. Positions "f7+l7" are
+the first and last seven tokens of the prompt, clipped to half of it each; generated tokens are not edited. In
+training the prompt is what comes before the first label. W in R^{r x d} and b in R^r start like those of a
+linear layer, R at a random frame; r = 8 and "f7+l7" are the paper's for commonsense reasoning. Start: not the
+base.
+
+Deviations: first and last positions share one edit ("tied"); no dropout; of the paper's family only LoReFT.
 """
 
 import math
@@ -40,8 +44,8 @@ class Positions:
         if inputs.past:
             return torch.zeros_like(inside)
         length, order = inside.sum(1, keepdim=True), inside.cumsum(1)
-        half = (length + 1) // 2
-        first, last = half.clamp_max(self.first), (length - half).clamp_max(self.last)
+        half = length // 2
+        first, last = half.clamp_max(self.first), half.clamp_max(self.last)
         return inside & ((order <= first) | (order > length - last))
 
 
@@ -108,7 +112,13 @@ class LoReFT(Branch):
     targets="blocks",
 )
 def reft(site: OutputSite, rank: int, *, positions: str = "f7+l7") -> Branch:
-    """Return the edit of a block of hidden size d at positions such as "f7+l7"."""
+    """Return the edit of a block of hidden size d.
+
+    Args:
+        site: the block.
+        rank: dimension of the subspace, at most d.
+        positions: how many of the prompt's first and last tokens are edited, such as "f7+l7".
+    """
     width = site.width
     frame = torch.linalg.qr(site.normal("frame", width, rank)).Q
     bound = 1 / math.sqrt(width)

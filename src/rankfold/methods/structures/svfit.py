@@ -2,8 +2,10 @@
 
     W = U_r diag(z) V_r^T + W_rest = W0 + U_r diag(z - S_r) V_r^T,   z in R^r starts at S_r
 
-Sun et al. 2024. The offset z - S_r is what is trained, so weight decay pulls towards the base.
-Start: the base, exactly.
+Sun et al. 2024. U_r (out, r) and V_r (in, r) are frozen. Start: the base, exactly.
+
+Deviations: the offset z - S_r is what is trained, so weight decay pulls towards the base; r = 128 is this
+package's choice, the paper takes the r that holds 99 % of the spectrum.
 """
 
 from ...weights import Diagonal, Weight

@@ -2,8 +2,12 @@
 
     A, B = theta[index] * c[index],   c_j = n_j^(-1/2),   n_j = how often index j is used;   W = W0 + B A
 
-Li et al. 2025. Every index is used equally often up to one, then shuffled by the seed. The map P from theta to all
-factors is isometric, P^T P = I. Start: not exactly the base, because a zero theta would be a saddle.
+Li et al. 2025. B in R^{out x r}, A in R^{r x in}, no alpha. Every index is used equally often up to one, then
+shuffled by the seed and dealt out weight by weight, A before B. The map P from theta to all factors is
+isometric, P^T P = I. r = 4, 23,040 numbers (RoBERTa-base) and theta ~ U(-0.02, 0.02) are the paper's. Start:
+not exactly the base, because a zero theta would be a saddle.
+
+Deviation: theta is never longer than all factors together, where the official code leaves the rest unused.
 """
 
 from collections.abc import Mapping
@@ -23,9 +27,11 @@ def shared_vector(
     total = sum(ranks[path] * sum(site.shape) for path, site in sites.items())
     if length < 1:
         raise InvalidOption(f"uni-lora: length must be at least 1, not {length}")
+    if bound <= 0:
+        raise InvalidOption(f"uni-lora: bound must be positive, for zero is a saddle, not {bound}")
     length, generator = min(length, total), torch.Generator().manual_seed(seed)
     index = (torch.arange(total) % length)[torch.randperm(total, generator=generator)]
-    coefficient = torch.bincount(index, minlength=length).rsqrt()[index]
+    coefficient = torch.bincount(index, minlength=length).double().rsqrt()[index]
     some = next(iter(sites.values()))
     theta = bound * (2 * torch.rand(length, generator=generator) - 1)
     dealt: dict[str, dict[str, torch.Tensor]] = {}
@@ -52,7 +58,14 @@ def shared_vector(
     plan=shared_vector,
 )
 def uni_lora(site: Site, rank: int, *, length: int = 23040, bound: float = 0.02) -> Weight:
-    """Return W0 + B A gathered from theta; length is that of theta, uniform on [-bound, bound] at the start."""
+    """Return W0 + B A gathered from theta.
+
+    Args:
+        site: the weight.
+        rank: inner dimension of B A.
+        length: of theta, cut to the number of entries of all factors.
+        bound: theta starts uniform on [-bound, bound], bound > 0.
+    """
 
     def factor(name: str, shape: tuple[int, int]) -> Weight:
         own = {key: site.planned[f"{name}.{key}"] for key in ("index", "coefficient")}

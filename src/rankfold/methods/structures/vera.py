@@ -2,8 +2,10 @@
 
     W = W0 + diag(b) B diag(d) A,   A in R^{r x in_max}, B in R^{out_max x r} frozen, sliced to each layer
 
-Kopiczko et al. 2023. A and B are uniform with bound sqrt(3) sqrt(2) / sqrt(fan_in), d = 0.1, b = 0, no alpha.
-Start: the base, exactly.
+Kopiczko et al. 2023. b in R^out and d in R^r are trained. A and B are Kaiming uniform as in the paper, with
+bound sqrt(3) sqrt(2) / sqrt(fan_in), fan_in = in_max for A and r for B; r = 256, d = 0.1, b = 0 are the
+paper's, there is no alpha. The pair depends on the seed and on the largest weight that is adapted. Start: the
+base, exactly.
 """
 
 import math
