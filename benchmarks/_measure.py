@@ -22,10 +22,9 @@ def print_header(title: str, *explanation: str) -> None:
     print(f"\n{title}")
     for line in explanation:
         print(f"  {line}")
+    threads = torch.get_num_threads()
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    print(
-        f"  on {processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}\n"
-    )
+    print(f"  on {processor()}, {threads} threads, Python {platform.python_version()}, {packages}\n")
 
 
 def processor() -> str:
@@ -74,7 +73,7 @@ def saved_megabytes(forward: Step, excluded: Iterable[Tensor]) -> float:
 
 
 def peak_megabytes(step: Step) -> float | None:
-    """Megabytes by which a step raises the resident memory at its peak; None where the system does not say."""
+    """Megabytes by which a step raises resident memory at its peak; None where the system does not say."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not status.exists() or not os.access(reset, os.W_OK):
         return None

@@ -116,7 +116,7 @@ def main() -> None:
         "A step is forward and backward; the floor forms gradients to the embedded inputs only.",
         f"time/floor: process CPU time over that of a floor step beside it, median of {rounds}.",
         "bound: (floor + the method's own multiply-adds at the cheapest order) / floor, counted.",
-        "saved: kept by autograd between forward and backward, parameters left out. peak: rise of resident memory.",
+        "saved: kept by autograd for backward, parameters left out. peak: rise of resident memory.",
     )
     print(f"{'method':32}" + "".join(f"{c:>12}" for c in COLUMNS))
     rows = measure(size, cases, arguments.libraries.split(","), rounds)

@@ -350,7 +350,7 @@ def show(rows: Sequence[Row], predictions: Sequence[Prediction], best: str) -> N
         table.add_row(*cells, style="bold" if row.name == best else "")
     say()
     say(table, soft_wrap=False)
-    say(f"\nThree predictions of {best}, loaded from its files:")
+    say(f"\nThree predictions of {best}, of the adapters best on the validation split, loaded from its files:")
     for prediction in predictions:
         say(f"  {prediction.text}", markup=False)
         say(f"    predicted {prediction.predicted}, true {prediction.true}", markup=False)

@@ -1,8 +1,8 @@
 """The generic battery: facts that every registered structure keeps, from every start that it accepts.
 
 The checks are generated from the catalogue, so a method passes them by being registered. What it cannot do it
-says in its registration (`layers`, `limit`, `multiple`, `gate`, `activations`, `refuses`), and the battery then
-asserts that it refuses aloud. Another package runs the battery over its own methods:
+says in its registration (`layers`, `limit`, `multiple`, `gate`, `activations`, `refuses`), and the battery
+then asserts that it refuses aloud. Another package runs the battery over its own methods:
 
     import pytest
     from battery import check_method
@@ -153,7 +153,7 @@ class Check:
 
 
 def points(name: str, **options: Any) -> list[Point]:
-    """Return a structure with every start that it accepts, options without which it cannot be built filled in."""
+    """Return a structure with every start that it accepts, its `example` options filled in."""
     structure = next(m for m in rf.methods("structure") if m.name == name)
     options = {**structure.traits["example"], **options}
     if structure.traits["init"] is None:
@@ -983,4 +983,4 @@ MODEL_CHECKS = (
     is_moved,
     refuses_bad_input,
 )
-__all__ = ["Check", "Leaf", "Point", "check_method", "check_point", "points"]
+__all__ = ["Check", "Point", "check_method", "check_point", "points"]

@@ -111,10 +111,11 @@ def test_the_record_says_what_was_done_and_to_which_base(tmp_path: Path) -> None
     assert record["method"]["arxiv"] == "2402.09353"
 
 
-def test_numbers_of_numpy_and_torch_are_saved_as_plain_ones(tmp_path: Path) -> None:
-    model = rf.adapt(blocks(), "lora", rank=2, alpha=np.float32(3))
-    loaded = rf.load(blocks(), rf.save(model, tmp_path / "adapter"))
-    assert torch.equal(output(loaded), output(model))
+@pytest.mark.parametrize("seed", [np.int64(3), torch.tensor(3)])
+def test_a_seed_of_numpy_or_torch_is_saved_as_a_plain_number(seed: int, tmp_path: Path) -> None:
+    folder = rf.save(rf.adapt(blocks(), "lora", rank=2, seed=seed), tmp_path / "adapter")
+    assert read_json(folder / native.RECORD)["seed"] == 3
+    rf.load(blocks(), folder)
 
 
 def test_a_name_with_the_ending_of_another_is_trained_whole_alone(tmp_path: Path) -> None:

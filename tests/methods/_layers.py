@@ -61,9 +61,7 @@ def expression_of(model: nn.Module, path: str = "0") -> Weight:
 
 def leaves_of(model: nn.Module, path: str = "0") -> Mapping[str, Tensor]:
     """Return the tensors that an adapted layer owns, by the method's own names."""
-    return {
-        name: getattr(module, key) for name, (module, key) in owned(expression_of(model, path)).items()
-    }
+    return {name: getattr(module, key) for name, (module, key) in owned(expression_of(model, path)).items()}
 
 
 def base(model: nn.Module, path: str = "0") -> Tensor:
@@ -84,7 +82,7 @@ def rank_of(matrix: Tensor) -> int:
 
 
 def backward(model: nn.Module, x: Tensor) -> Tensor:
-    """Run backward from a fixed random function of the output; return the gradient at the weight, (out, in)."""
+    """Run backward from a fixed function of the output; return the gradient at the weight, (out, in)."""
     model.zero_grad()
     y = model(x)
     weights = normal(*y.shape, seed=3)

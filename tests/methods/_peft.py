@@ -104,7 +104,7 @@ def _as(shape: torch.Size) -> Callable[[Tensor], Tensor]:
 
 
 def lora_layout(layer: Any, leaves: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor, Any]]:
-    """B (out, r) and A (r, in), kernels on a convolution; transposed in a dictionary of their own on an embedding."""
+    """B (out, r) and A (r, in), kernels on a convolution, transposed and named apart on an embedding."""
     if "default" in layer.lora_embedding_A:
         yield "up", layer.lora_embedding_A["default"], Tensor.t
         yield "down", layer.lora_embedding_B["default"], Tensor.t
@@ -180,7 +180,7 @@ def twins(
 
 
 def assert_parity(pair: Twins) -> float:
-    """Assert that outputs and the gradients of every trained tensor are alike; return the largest difference."""
+    """Assert that outputs and gradients of all that trains are alike; return the largest difference."""
     trained = {p for p in pair.ours.parameters() if p.requires_grad}
     assert {own for own, _, _ in pair.pairs} == trained, "something that trains has no counterpart"
     outputs = [_output(model, pair.x) for model in (pair.ours, pair.theirs)]

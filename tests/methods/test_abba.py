@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 from methods._layers import (
-    adapted, backward, base, change, count, disturbed, leaves_of, linear, normal, rank_of,
+    adapted,
+    backward,
+    base,
+    change,
+    count,
+    disturbed,
+    leaves_of,
+    linear,
+    normal,
+    rank_of,
 )  # fmt: skip
 from methods._peft import DTYPES, HOSTS, assert_parity, twins
 from peft import LoHaConfig
@@ -52,7 +61,9 @@ def test_at_the_start_only_the_second_up_factor_has_a_gradient(alpha: float | No
 def test_the_first_pair_starts_at_the_leading_subspace_and_nothing_is_subtracted() -> None:
     model = adapted("abba", rank=2)
     leaves, matrix = leaves_of(model), base(model)
-    torch.testing.assert_close((matrix - leaves["up1"] @ leaves["down1"]).norm(), torch.linalg.svdvals(matrix)[2:].norm())
+    torch.testing.assert_close(
+        (matrix - leaves["up1"] @ leaves["down1"]).norm(), torch.linalg.svdvals(matrix)[2:].norm()
+    )
     torch.testing.assert_close(leaves["up1"].T @ leaves["up1"], leaves["down1"] @ leaves["down1"].T)
     assert not leaves["up"].any()
     assert 0.8 < leaves["down"].abs().max() / (6 / 8) ** 0.5 <= 1

@@ -29,11 +29,9 @@ def prompt() -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-# Whole sequences without padding only: peft counts from the end, so padding on the right shifts its positions.
+# Whole sequences only: peft counts from the end, so padding on the right shifts its positions.
 def test_outputs_and_gradients_are_pefts(dtype: torch.dtype) -> None:
-    config = LoraConfig(
-        r=3, lora_alpha=5, task_type="CAUSAL_LM", alora_invocation_tokens=list(INVOCATION)
-    )
+    config = LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", alora_invocation_tokens=list(INVOCATION))
     assert_parity(
         twins(HOSTS["llama"], dtype, "alora", config, lora_layout, rank=3, alpha=5, invocation=INVOCATION)
     )

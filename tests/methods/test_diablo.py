@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 import torch
 from methods._layers import (
-    adapted, backward, base, change, count, disturbed, leaves_of, linear, normal, rank_of, sgd_step,
+    adapted,
+    backward,
+    base,
+    change,
+    count,
+    disturbed,
+    leaves_of,
+    linear,
+    normal,
+    rank_of,
+    sgd_step,
 )  # fmt: skip
 from torch import Tensor
 
@@ -19,7 +29,9 @@ def mask(out: int, columns: int, height: int, width: int) -> Tensor:
     return rows == places
 
 
-@pytest.mark.parametrize(("shape", "blocks", "size"), [((6, 8), 2, (3, 4)), ((5, 7), 3, (2, 3)), ((9, 4), 4, (3, 1))])
+@pytest.mark.parametrize(
+    ("shape", "blocks", "size"), [((6, 8), 2, (3, 4)), ((5, 7), 3, (2, 3)), ((9, 4), 4, (3, 1))]
+)
 def test_a_step_moves_the_weight_by_the_diagonal_blocks_of_the_gradient(
     shape: tuple[int, int], blocks: int, size: tuple[int, int]
 ) -> None:

@@ -3,7 +3,16 @@
 import pytest
 import torch
 from methods._layers import (
-    adapted, backward, base, change, disturbed, expression_of, leaves_of, linear, normal, rank_of,
+    adapted,
+    backward,
+    base,
+    change,
+    disturbed,
+    expression_of,
+    leaves_of,
+    linear,
+    normal,
+    rank_of,
 )  # fmt: skip
 from methods._peft import DTYPES, HOSTS, assert_parity, lora_layout, twins
 from peft import LoraConfig

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 from methods._layers import (
-    adapted, backward, base, change, convolution, count, disturbed, leaves_of, linear, normal, rank_of,
+    adapted,
+    backward,
+    base,
+    change,
+    convolution,
+    count,
+    disturbed,
+    leaves_of,
+    linear,
+    normal,
+    rank_of,
 )  # fmt: skip
 from torch import Tensor, nn
 
@@ -16,7 +26,12 @@ def test_a_kernel_changes_by_the_tucker_product() -> None:
     model = disturbed(adapted("flora-tucker", convolution(), rank=3, window_rank=2, alpha=6))
     leaves = {name: leaf.detach() for name, leaf in leaves_of(model).items()}
     expected = 2 * torch.einsum(
-        "abcd,oa,ib,hc,wd->oihw", leaves["core"], leaves["out"], leaves["in"], leaves["window1"], leaves["window2"]
+        "abcd,oa,ib,hc,wd->oihw",
+        leaves["core"],
+        leaves["out"],
+        leaves["in"],
+        leaves["window1"],
+        leaves["window2"],
     )
     torch.testing.assert_close(change(model).reshape(6, 4, 3, 2), expected)
     x = normal(2, 4, 7, 6)
@@ -64,7 +79,12 @@ def test_at_the_start_a_kernels_core_takes_the_gradient_through_every_mode() -> 
     (plain(x) * weights).sum().backward()
     leaves = leaves_of(model)
     expected = torch.einsum(
-        "oihw,oa,ib,hc,wd->abcd", plain[0].weight.grad, leaves["out"], leaves["in"], leaves["window1"], leaves["window2"]
+        "oihw,oa,ib,hc,wd->abcd",
+        plain[0].weight.grad,
+        leaves["out"],
+        leaves["in"],
+        leaves["window1"],
+        leaves["window2"],
     )
     torch.testing.assert_close(leaves["core"].grad, expected)
 

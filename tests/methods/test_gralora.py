@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 from methods._layers import (
-    adapted, base, change, count, disturbed, expression_of, leaves_of, linear, normal, rank_of,
+    adapted,
+    base,
+    change,
+    count,
+    disturbed,
+    expression_of,
+    leaves_of,
+    linear,
+    normal,
+    rank_of,
 )  # fmt: skip
 from methods._peft import DTYPES, HOSTS, assert_parity, twins
 from peft import GraloraConfig
@@ -27,7 +36,9 @@ def layout(layer: Any, leaves: Mapping[str, Tensor]) -> Iterable[tuple[str, Tens
 @pytest.mark.parametrize("hybrid_rank", [0, 3])
 @pytest.mark.parametrize("host", ["perceptron", "transposed", "llama"])
 def test_outputs_and_gradients_are_pefts(host: str, hybrid_rank: int, dtype: torch.dtype) -> None:
-    config = GraloraConfig(r=4, gralora_k=2, hybrid_r=hybrid_rank, alpha=5, fan_in_fan_out=host == "transposed")
+    config = GraloraConfig(
+        r=4, gralora_k=2, hybrid_r=hybrid_rank, alpha=5, fan_in_fan_out=host == "transposed"
+    )
     pair = twins(HOSTS[host], dtype, "gralora", config, layout, rank=4, k=2, hybrid_rank=hybrid_rank, alpha=5)
     assert_parity(pair)
 

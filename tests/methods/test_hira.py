@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 import torch
 from methods._layers import (
-    adapted, backward, base, change, count, disturbed, expression_of, leaves_of, linear, normal, rank_of,
+    adapted,
+    backward,
+    base,
+    change,
+    count,
+    disturbed,
+    expression_of,
+    leaves_of,
+    linear,
+    normal,
+    rank_of,
 )  # fmt: skip
 from methods._peft import DTYPES, HOSTS, assert_parity, twins
 from peft import HiraConfig

@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 from methods._layers import (
-    adapted, base, change, count, disturbed, expression_of, leaves_of, linear, normal, rank_of,
+    adapted,
+    base,
+    change,
+    count,
+    disturbed,
+    expression_of,
+    leaves_of,
+    linear,
+    normal,
+    rank_of,
 )  # fmt: skip
 from methods._peft import DTYPES, HOSTS, assert_parity, twins
 from peft import HRAConfig
@@ -22,8 +31,8 @@ def layout(layer: Any, leaves: Mapping[str, Tensor]) -> Iterable[tuple[str, Tens
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-# Square windows only: peft counts the first side of a window twice. Without its Gram-Schmidt form, which normalises
-# rounding errors where vectors start as copies.
+# Square windows only: peft counts the first side of a window twice. Without its Gram-Schmidt form, which
+# normalises rounding errors where vectors start as copies.
 @pytest.mark.parametrize("host", ["perceptron", "convolution", "llama"])
 def test_outputs_and_gradients_are_pefts(host: str, dtype: torch.dtype) -> None:
     assert_parity(twins(HOSTS[host], dtype, "hra", HRAConfig(r=4), layout, rank=4))

@@ -13,9 +13,7 @@ from rankfold.errors import InvalidOption
 
 @pytest.mark.parametrize(("a", "bound"), [(math.sqrt(5), 1 / math.sqrt(50)), (0.0, math.sqrt(6 / 50))])
 def test_the_down_factor_is_uniform_with_its_bound_and_the_up_factor_is_zero(a: float, bound: float) -> None:
-    leaves = leaves_of(
-        adapted(rf.Recipe("lora", ("kaiming", {"a": a})), linear(40, 50), rank=40)
-    )
+    leaves = leaves_of(adapted(rf.Recipe("lora", ("kaiming", {"a": a})), linear(40, 50), rank=40))
     down = leaves["down"].detach()
     assert 0.99 * bound < down.abs().max() <= bound
     assert down.std() == pytest.approx(bound / math.sqrt(3), rel=0.03)

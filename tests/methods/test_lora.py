@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 import torch
 from methods._layers import (
-    adapted, backward, base, change, convolution, disturbed, leaves_of, linear, normal, rank_of, sgd_step,
+    adapted,
+    backward,
+    base,
+    change,
+    convolution,
+    disturbed,
+    leaves_of,
+    linear,
+    normal,
+    rank_of,
+    sgd_step,
 )  # fmt: skip
 from methods._peft import DTYPES, HOSTS, assert_parity, lora_layout, twins
 from peft import LoraConfig
@@ -25,9 +35,16 @@ def test_outputs_and_gradients_are_pefts(host: str, dtype: torch.dtype, rank_sta
     dropout = 0.0 if host == "embedding" else 0.1
     assert_parity(
         twins(
-            HOSTS[host], dtype, "lora", config, lora_layout,
-            rank=3, alpha=5, rank_stabilised=rank_stabilised, dropout=dropout,
-        )  # fmt: skip
+            HOSTS[host],
+            dtype,
+            "lora",
+            config,
+            lora_layout,
+            rank=3,
+            alpha=5,
+            rank_stabilised=rank_stabilised,
+            dropout=dropout,
+        )
     )
 
 

@@ -3,7 +3,16 @@
 import pytest
 import torch
 from methods._layers import (
-    adapted, backward, base, change, count, disturbed, leaves_of, linear, normal, sgd_step,
+    adapted,
+    backward,
+    base,
+    change,
+    count,
+    disturbed,
+    leaves_of,
+    linear,
+    normal,
+    sgd_step,
 )  # fmt: skip
 
 
@@ -26,7 +35,9 @@ def test_a_step_moves_the_weight_by_the_projected_gradient_with_the_singular_val
 ) -> None:
     model = adapted("lora-xs", rank=3, alpha=alpha)
     start, scaling = change(model), 1 if alpha is None else 2
-    left, values, right = (t[..., :3] if i == 0 else t[:3] for i, t in enumerate(torch.linalg.svd(base(model))))
+    left, values, right = (
+        t[..., :3] if i == 0 else t[:3] for i, t in enumerate(torch.linalg.svd(base(model)))
+    )
     dense = backward(model, normal(5, 8))
     sgd_step(model, 0.1)
     core = left.T @ dense @ right.T * values

@@ -21,9 +21,7 @@ def test_outputs_and_gradients_are_pefts(host: str, dtype: torch.dtype) -> None:
         theirs.get_base_layer().weight.data = own["W0"] - 2 * own["up.start"] @ own["down.start"]
 
     prepare = {} if dtype == torch.float32 else {"prepare": leave_residual}
-    assert_parity(
-        twins(HOSTS[host], dtype, "lora/olora", config, lora_layout, rank=3, alpha=6, **prepare)
-    )
+    assert_parity(twins(HOSTS[host], dtype, "lora/olora", config, lora_layout, rank=3, alpha=6, **prepare))
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (8, 6), (7, 7)])

@@ -5,7 +5,16 @@ from typing import Any
 import pytest
 import torch
 from methods._layers import (
-    adapted, backward, base, change, disturbed, leaves_of, linear, normal, rank_of, sgd_step,
+    adapted,
+    backward,
+    base,
+    change,
+    disturbed,
+    leaves_of,
+    linear,
+    normal,
+    rank_of,
+    sgd_step,
 )  # fmt: skip
 from methods._peft import DTYPES, HOSTS, assert_parity, layer_paths, lora_layout, twins
 from peft import LoraConfig, get_peft_model
@@ -30,9 +39,7 @@ def test_outputs_and_gradients_are_pefts(host: str, dtype: torch.dtype) -> None:
         theirs.get_base_layer().weight.data = residual.T if host == "transposed" else residual
 
     prepare = {} if dtype == torch.float32 else {"prepare": leave_residual}
-    assert_parity(
-        twins(HOSTS[host], dtype, "lora/pissa", config, lora_layout, rank=3, alpha=6, **prepare)
-    )
+    assert_parity(twins(HOSTS[host], dtype, "lora/pissa", config, lora_layout, rank=3, alpha=6, **prepare))
 
 
 def test_the_start_is_pefts_up_to_signs() -> None:
@@ -59,7 +66,9 @@ def test_the_start_is_the_bases_output(structure: str, alpha: float) -> None:
 
 @pytest.mark.parametrize("alpha", [3, 12])
 @pytest.mark.parametrize("shape", [(6, 8), (8, 6)])
-def test_the_scaled_product_is_the_best_approximation_for_any_alpha(shape: tuple[int, int], alpha: float) -> None:
+def test_the_scaled_product_is_the_best_approximation_for_any_alpha(
+    shape: tuple[int, int], alpha: float
+) -> None:
     model = adapted("lora/pissa", linear(*shape), rank=3, alpha=alpha)
     leaves, matrix = leaves_of(model), base(model)
     rest = matrix - alpha / 3 * leaves["up"] @ leaves["down"]

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,8 +14,10 @@ from rankfold.errors import Incompatible, InvalidOption, RankfoldError, UnknownM
 from rankfold.methods import registry
 from rankfold.methods.recipe import resolve
 
-STRUCTURES = ("lora", "dora", "lora-xs", "vera", "abba", "hira", "hra", "gralora", "diablo", "svfit", "uni-lora",
-              "flora-tucker", "reft", "alora")  # fmt: skip
+STRUCTURES = (
+    "lora", "dora", "lora-xs", "vera", "abba", "hira", "hra", "gralora", "diablo", "svfit", "uni-lora",
+    "flora-tucker", "reft", "alora",
+)  # fmt: skip
 # Which starts make sense for which structure; every other pair is refused.
 ACCEPTED = {
     "lora": {"kaiming", "pissa", "olora"},
@@ -32,20 +33,12 @@ INITS = ("kaiming", "olora", "pissa", "svd")
 EXAMPLE: dict[str, dict[str, Any]] = {"alora": {"invocation": (1,)}}
 
 
-@pytest.fixture
-def clean() -> Iterator[None]:
-    """Forget what a test registers."""
-    registry.load_all()
-    known = dict(registry._METHODS)
-    yield
-    registry._METHODS.clear()
-    registry._METHODS.update(known)
-
-
 # Points -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["dora/pissa", "pissa/dora", " pissa / dora ", "init=pissa/dora", "structure=dora/pissa"])
+@pytest.mark.parametrize(
+    "text", ["dora/pissa", "pissa/dora", " pissa / dora ", "init=pissa/dora", "structure=dora/pissa"]
+)
 def test_parts_stand_in_any_order(text: str) -> None:
     assert rf.parse_point(text) == rf.Recipe("dora", "pissa")
 
@@ -61,8 +54,10 @@ def test_every_structure_is_a_point_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("lroa", "no method is called 'lroa'; did you mean lora"), ("dora/pisa", "no method is called 'pisa'; did you mean pissa"),
-     ("xyz", "no method is called 'xyz'"), ("", "no method is called ''"), ("dora/", "no method is called ''"),
+    [("lroa", "no method is called 'lroa'; did you mean lora"),
+     ("dora/pisa", "no method is called 'pisa'; did you mean pissa"),
+     ("xyz", "no method is called 'xyz'"), ("", "no method is called ''"),
+     ("dora/", "no method is called ''"),
      ("intit=pissa", "'intit' in 'intit=pissa' is no axis of a point; did you mean init"),
      ("init=dora", "no init is called 'dora'; 'dora' is of the axis structure")],
 )  # fmt: skip
@@ -71,7 +66,9 @@ def test_what_is_unknown_is_refused_with_near_names(text: str, sentence: str) ->
         rf.parse_point(text)
 
 
-@pytest.mark.parametrize(("text", "axis"), [("lora/dora", "structure"), ("pissa/olora", "init"), ("lora/lora", "structure")])
+@pytest.mark.parametrize(
+    ("text", "axis"), [("lora/dora", "structure"), ("pissa/olora", "init"), ("lora/lora", "structure")]
+)
 def test_two_methods_of_one_axis_are_refused(text: str, axis: str) -> None:
     with pytest.raises(Incompatible, match=f"gives two methods for {axis}: {' and '.join(text.split('/'))}"):
         rf.parse_point(text)
@@ -79,8 +76,12 @@ def test_two_methods_of_one_axis_are_refused(text: str, axis: str) -> None:
 
 @pytest.mark.usefixtures("clean")
 def test_a_name_on_two_axes_needs_its_axis_written() -> None:
-    registry.init("dora", gives="zero", title="Another", year=2000, formula="0")(lambda site, rank, scaling: None)
-    with pytest.raises(Incompatible, match="'dora' is of the axes structure and init: write structure=dora or init=dora"):
+    registry.init("dora", gives="zero", title="Another", year=2000, formula="0")(
+        lambda site, rank, scaling: None
+    )
+    with pytest.raises(
+        Incompatible, match="'dora' is of the axes structure and init: write structure=dora or init=dora"
+    ):
         rf.parse_point("dora")
     assert rf.parse_point("init=dora") == rf.Recipe("lora", "dora")
     assert rf.parse_point("structure=dora") == rf.Recipe("dora")
@@ -101,7 +102,9 @@ def test_a_recipe_is_plain_data_and_back() -> None:
     assert resolve(again, {}).options == resolve(recipe, {}).options
 
 
-@pytest.mark.parametrize("method", [3, None, rf.Recipe(3), rf.Recipe(("dora",)), rf.Recipe(("dora", 4)), ["lora"]])
+@pytest.mark.parametrize(
+    "method", [3, None, rf.Recipe(3), rf.Recipe(("dora",)), rf.Recipe(("dora", 4)), ["lora"]]
+)
 def test_what_is_no_recipe_is_refused(method: Any) -> None:
     with pytest.raises(InvalidOption):
         resolve(method, {})
@@ -128,7 +131,8 @@ def test_options_given_beside_the_recipe_win_and_the_rest_are_defaults() -> None
      ("lora", {"rank_stabilised": 1}, "lora: rank_stabilised must be true or false, not 1"),
      ("gralora", {"k": 2.0}, "gralora: k must be a whole number, not 2.0"),
      ("reft", {"positions": 7}, "reft: positions must be a text, not 7"),
-     (rf.Recipe("lora", ("pissa", {"iterations": 1.5})), {}, "pissa: iterations must be a whole number, not 1.5"),
+     (rf.Recipe("lora", ("pissa", {"iterations": 1.5})), {},
+      "pissa: iterations must be a whole number, not 1.5"),
      (rf.Recipe("lora", ("pissa", {"niter": 1})), {}, "pissa has no option 'niter'")],
 )  # fmt: skip
 def test_impossible_options_are_refused(method: Any, options: dict[str, Any], sentence: str) -> None:
@@ -167,7 +171,9 @@ def test_a_start_without_meaning_is_refused_in_a_sentence(structure: str, init: 
 
 
 def test_a_refusal_says_what_is_given_and_what_is_needed() -> None:
-    sentence = "hira cannot start from pissa: it gives factors whose product is subtracted from the base, and the"
+    sentence = (
+        "hira cannot start from pissa: it gives factors whose product is subtracted from the base, and the"
+    )
     with pytest.raises(Incompatible, match=f"{sentence} structure needs a product that is zero"):
         rf.plan(linear(), "hira/pissa")
 

@@ -1,7 +1,6 @@
 """The catalogue."""
 
 import json
-from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -10,17 +9,6 @@ import pytest
 import rankfold as rf
 from rankfold.errors import UnknownMethod
 from rankfold.methods import registry
-
-
-@pytest.fixture
-def clean() -> Iterator[None]:
-    """Forget what a test registers."""
-    registry.load_all()
-    known = dict(registry._METHODS)
-    yield
-    registry._METHODS.clear()
-    registry._METHODS.update(known)
-
 
 # Title words, year and arXiv id of every paper, so that a slip in one file shows in another.
 PAPERS = {
@@ -60,7 +48,9 @@ def test_every_module_says_paper_equation_and_start_in_its_docstring() -> None:
     for method in (m for axis in ("structure", "init") for m in rf.methods(axis)):
         lines = method.doc.splitlines()
         assert lines[0].endswith("."), f"{method.name}: the first line is one sentence"
-        assert any(line.startswith("    ") and "=" in line or "~" in line for line in lines), f"{method.name}: an equation"
+        assert any((line.startswith("    ") and "=" in line) or "~" in line for line in lines), (
+            f"{method.name}: an equation"
+        )
         assert str(method.year) in method.doc, f"{method.name}: the year of the paper"
         if method.axis == "structure":
             assert "Start:" in method.doc, f"{method.name}: where it starts"

@@ -25,7 +25,9 @@ def test_the_frame_is_frozen() -> None:
 
 def test_a_randomised_frame_is_repeated_by_its_seed() -> None:
     recipe = rf.Recipe("svfit", ("svd", {"iterations": 0}))
-    first, again, other = (leaves_of(adapted(recipe, linear(40, 50), rank=4, seed=s))["left"] for s in (1, 1, 2))
+    first, again, other = (
+        leaves_of(adapted(recipe, linear(40, 50), rank=4, seed=s))["left"] for s in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 

@@ -3,7 +3,16 @@
 import pytest
 import torch
 from methods._layers import (
-    adapted, backward, base, change, count, disturbed, linear, normal, rank_of, sgd_step,
+    adapted,
+    backward,
+    base,
+    change,
+    count,
+    disturbed,
+    linear,
+    normal,
+    rank_of,
+    sgd_step,
 )  # fmt: skip
 
 

@@ -66,7 +66,9 @@ def test_the_map_from_the_vector_to_all_factors_is_an_isometry(length: int) -> N
     model = rf.adapt(deep(), "uni-lora", rank=3, length=length)
     matrix = projection(model, 3)
     assert (matrix.T @ matrix - torch.eye(length)).abs().max() < 1e-14
-    values = torch.cat([leaf.tensor().flatten() for i in range(3) for leaf in factors(model, str(i)).values()])
+    values = torch.cat(
+        [leaf.tensor().flatten() for i in range(3) for leaf in factors(model, str(i)).values()]
+    )
     torch.testing.assert_close(values, matrix @ theta_of(model))
     torch.testing.assert_close(values.norm(), theta_of(model).norm())
 

@@ -15,7 +15,9 @@ import rankfold as rf
 
 
 def shared(ours: Any) -> dict[str, Tensor]:
-    return {name.rpartition("_")[2]: t for name, t in ours.named_buffers() if name.startswith("rankfold_default_")}
+    return {
+        name.rpartition("_")[2]: t for name, t in ours.named_buffers() if name.startswith("rankfold_default_")
+    }
 
 
 def layout(layer: Any, leaves: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor, Any]]:

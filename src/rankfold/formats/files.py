@@ -67,14 +67,14 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 def _swap(temporary: Path, target: Path) -> None:
     """Put a finished folder in the place of another, which goes only after the new one is there."""
     if not target.exists():
-        os.replace(temporary, target)
+        temporary.replace(target)
     elif not _exchanged(temporary, target):
         old = temporary.with_name(f"{temporary.name}.old")
-        os.replace(target, old)
+        target.replace(old)
         try:
-            os.replace(temporary, target)
+            temporary.replace(target)
         except OSError:
-            os.replace(old, target)
+            old.replace(target)
             raise
         shutil.rmtree(old, ignore_errors=True)
 
@@ -96,7 +96,7 @@ def complete_file(path: Path) -> Iterator[Path]:
     partial.unlink(missing_ok=True)
     try:
         yield partial
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -128,13 +128,18 @@ def base_of(model: nn.Module, layers: Mapping[str, StructuredLayer]) -> dict[str
 @torch.no_grad()
 def _fingerprint(layer: StructuredLayer) -> dict[str, Any]:
     matrix = layer.matrix()
-    sample = _sample(matrix)
-    rms = float(torch.linalg.vector_norm(matrix, dtype=torch.float32)) / max(1, matrix.numel()) ** 0.5
+    rms = _root_mean_square(matrix)
+    if not math.isfinite(rms):
+        rms = _root_mean_square(matrix.float().nan_to_num(0, 0, 0))
     return {
         "shape": list(matrix.shape),
-        "sample": [float(f"{v:.6g}") for v in sample],
-        "rms": float(f"{rms:.6g}") if math.isfinite(rms) else 0.0,
+        "sample": [float(f"{v:.6g}") for v in _sample(matrix)],
+        "rms": float(f"{rms:.6g}"),
     }
+
+
+def _root_mean_square(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float32)) / max(1, matrix.numel()) ** 0.5
 
 
 def _sample(matrix: Tensor) -> list[float]:

@@ -283,7 +283,7 @@ def _check_layers(adapter: PeftAdapter, dora: bool) -> None:
 
 def _alpha(settings: Mapping[str, Any], path: str, rank: int) -> float:
     """Return the alpha that divided by the rank gives a layer's scale."""
-    patterns = settings.get("alpha_pattern") or {}
+    patterns = dict(settings.get("alpha_pattern") or {})
     keys = [key for key in patterns if re.match(rf"(.*\.)?({key})$", path)]
     alpha = float(patterns[keys[0]] if keys else settings.get("lora_alpha", 8))
     if not math.isfinite(alpha):

@@ -16,10 +16,6 @@ from .prepare import Prepared, install, prepare
 from .recipe import Recipe, Resolved, resolve
 
 
-class RankCapped(UserWarning):
-    """A preset reached weights that are too small for the rank; they got less."""
-
-
 @dataclass(frozen=True)
 class PlannedSite:
     """One weight of a plan: its path, its shape (out, in), its rank and the numbers that train in it."""
@@ -122,7 +118,7 @@ def adapt(
     if uncalled == "error":
         prepared.adapter.watch = watch_first_forward(model, prepared.layers)
     for note in prepared.notes:
-        warnings.warn(note, RankCapped, stacklevel=2)
+        warnings.warn(note, stacklevel=2)
     return model
 
 
@@ -160,7 +156,7 @@ def plan(
         train=tuple(prepared.train),
         unmatched=tuple(t.path for t in candidates(model) if t.path not in reached),
         shared={key: tuple(t.shape) for key, t in prepared.shared.items()},
-        notes=tuple(prepared.notes),
+        notes=tuple(str(note) for note in prepared.notes),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -20,26 +21,31 @@ from ..layers.targets import attention_projection, candidates, matches, own_modu
 from .recipe import Resolved
 
 
-def chosen_targets(model: nn.Module, resolved: Resolved, targets: Targets | None) -> list[Target]:
+def is_preset(targets: Targets | None) -> bool:
+    """Say whether targets are a preset, or left to the structure, and not named weight by weight."""
+    return targets is None or (isinstance(targets, str) and targets in PRESETS)
+
+
+def chosen_targets(
+    model: nn.Module, resolved: Resolved, targets: Targets | None, trained: Sequence[str] = ()
+) -> list[Target]:
     """Return the targets of a recipe: those that match and that its structure applies to.
 
-    A preset leaves layers of other kinds out; layers that were asked for by name are refused.
+    A preset leaves out layers of other kinds and layers that are trained whole; layers that were asked for by
+    name are refused.
     """
     traits = resolved.structure.traits
     wanted = traits["targets"] if targets is None else targets
     if traits["activations"]:
         return _activation_targets(model, wanted)
     found = find_targets(model, wanted)
-    usable = [t for t in found if _layer_kind(t) in traits["layers"]]
-    if not usable:
-        kinds, path = " and ".join(traits["layers"]), found[0].path
-        raise UnsupportedLayer(f"{path}: {resolved.structure.name} applies to {kinds} layers only")
-    if len(usable) < len(found) and not (isinstance(wanted, str) and wanted in PRESETS):
-        left = next(t.path for t in found if t not in usable)
-        raise UnsupportedLayer(
-            f"{left}: {resolved.structure.name} applies to {' and '.join(traits['layers'])} layers only"
-        )
-    return usable
+    if is_preset(wanted):
+        found = [t for t in found if not any(inside([t], path) for path in trained)] or found
+    refused = [t for t in found if _layer_kind(t) not in traits["layers"]]
+    if refused and (len(refused) == len(found) or not is_preset(wanted)):
+        kinds = " and ".join(traits["layers"])
+        raise UnsupportedLayer(f"{refused[0].path}: {resolved.structure.name} applies to {kinds} layers only")
+    return [t for t in found if t not in refused]
 
 
 def _activation_targets(model: nn.Module, wanted: Targets) -> list[Target]:
@@ -80,7 +86,8 @@ def follow_ties(
         groups.setdefault(_stored(target), []).append(target)
     owners = {key: _owner(groups[key], chosen) for key in dict.fromkeys(map(_stored, chosen))}
     lenders = list(owners.values())
-    borrowers = [(t, owner.path) for key, owner in owners.items() for t in groups[key] if t.path != owner.path]
+    readers = [(t, owner.path) for key, owner in owners.items() for t in groups[key]]
+    borrowers = [(t, path) for t, path in readers if t.path != path]
     for target, path in borrowers:
         _refuse_other_form(target, model.get_submodule(path), path, resolved)
     _refuse_hidden_ties(model, lenders, {t.path for t, _ in borrowers})
@@ -88,10 +95,14 @@ def follow_ties(
 
 
 def _owner(group: list[Target], chosen: list[Target]) -> Target:
-    """Return which of the layers with one stored tensor holds its expressions: the one that does so already."""
-    held = [t for t in group if isinstance(t.module, StructuredLayer) and not t.part and t.module.lender is None]
-    paths = {t.path for t in chosen}
-    return next(t for t in (*held, *group) if t.path in paths or t in held)
+    """Return which layer of one stored tensor holds its expressions: the one that does so already."""
+    held = [t for t in group if _holds(t)]
+    return next(t for t in (*held, *group) if t in held or t in chosen)
+
+
+def _holds(target: Target) -> bool:
+    module = target.module
+    return isinstance(module, StructuredLayer) and not target.part and module.lender is None
 
 
 def _refuse_other_form(target: Target, owner: nn.Module, path: str, resolved: Resolved) -> None:

@@ -10,12 +10,16 @@ from ..layers import StructuredLayer
 from .recipe import Resolved
 
 
+class RankCapped(UserWarning):
+    """A preset or a default rank reached a weight that is too small for it; the weight got less."""
+
+
 def allotted_ranks(
     resolved: Resolved,
     layers: Mapping[str, StructuredLayer | None],
     rank: int | None,
     explicit: bool,
-    notes: list[str],
+    notes: list[Warning],
 ) -> dict[str, int | None]:
     """Return the rank of every path, checked against what the structure can hold.
 
@@ -24,7 +28,7 @@ def allotted_ranks(
         layers: by path; None where an output is edited, not a weight.
         rank: asked for; None takes the structure's default, which is capped wherever a weight is smaller.
         explicit: the weights were named, so a rank that one of them cannot hold is an error and not capped.
-        notes: a sentence is added for every rank that is capped.
+        notes: a warning is added for every rank that is capped.
 
     Raises:
         InvalidRank: a rank is impossible.
@@ -44,11 +48,11 @@ def allotted_ranks(
         path, limit = next(iter(over.items()))
         raise InvalidRank(_too_high(path, layers[path], shared[path], limit))
     capped = {path: _capped(path, name, limit, multiple) for path, limit in over.items()}
-    notes += [f"{p}: rank capped to {r}, the most that its weight can hold" for p, r in capped.items()]
+    notes += [RankCapped(f"{p}: rank capped to {r}, all that its weight can hold") for p, r in capped.items()]
     return {**shared, **capped}
 
 
-def _checked(name: str, rank: int, multiple: int) -> int:
+def _checked(name: str, rank: Any, multiple: int) -> int:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise InvalidRank(f"rank must be a whole number of at least 1, not {rank!r}")
     if rank % multiple:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..errors import InvalidOption, UnsupportedLayer
 from ..layers import (
-    PRESETS,
     Adaptation,
     Adapter,
     Branch,
@@ -26,13 +25,17 @@ from ..layers import (
     task_heads,
 )
 from ..weights import Pooled, Weight
-from .aim import chosen_targets, follow_ties, inside, refuse_overlap
+from .aim import chosen_targets, follow_ties, inside, is_preset, refuse_overlap
 from .capacity import allotted_ranks
 from .checkpoints import Checkpoints
 from .recipe import Resolved
 from .site import OutputSite, Place, Planned, Site, derived_seed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class TieFollowed(UserWarning):
+    """A layer shares its stored tensor with an adapted one and follows it."""
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Prepared:
     gate_rules: dict[str, GateRule]
     train: list[str]
     ranks: dict[str, int | None]
-    notes: list[str] = field(default_factory=list)
+    notes: list[Warning] = field(default_factory=list)
 
 
 def prepare(
@@ -83,35 +86,48 @@ def prepare(
     existing = adaptation_of(model)
     _check_name(name, existing)
     adaptation = existing or Adaptation(model)
-    chosen = chosen_targets(model, resolved, targets)
-    lenders, borrowers = follow_ties(model, chosen, resolved)
     trained = find_modules(model, train)
+    lenders, borrowers = follow_ties(model, chosen_targets(model, resolved, targets, trained), resolved)
     trained += [h for h in task_heads(model) if heads and h not in trained and not inside(lenders, h)]
     refuse_overlap(model, lenders, trained)
-    layers = (
-        {} if resolved.structure.traits["activations"] else {t.path: adaptation.layer_for(t) for t in lenders}
-    )
-    explicit = not (targets is None or (isinstance(targets, str) and targets in PRESETS))
-    notes = [f"{t.path} shares its tensor with {path} and follows it" for t, path in borrowers]
+    weightless = resolved.structure.traits["activations"]
+    layers = {} if weightless else {t.path: adaptation.layer_for(t) for t in lenders}
+    notes: list[Warning] = [TieFollowed(f"{t.path} shares its tensor with {path}") for t, path in borrowers]
     if ranks is None:
-        ranks = allotted_ranks(resolved, layers or {t.path: None for t in lenders}, rank, explicit, notes)
-    key = f"{name}:{resolved.structure.name}"
-    common = {"seed": seed, "blank": blank, "gates": adaptation.carrier.gates, "gate_key": key}
-    sites = _sites(model, resolved, lenders, layers, common)
+        holders = {t.path: layers.get(t.path) for t in lenders}
+        ranks = allotted_ranks(resolved, holders, rank, not is_preset(targets), notes)
+    common = {"seed": seed, "blank": blank, "gates": adaptation.carrier.gates}
+    sites = _sites(model, resolved, lenders, layers, {**common, "gate_key": _gate_key(resolved, name)})
     planned = _plan_shared(resolved, sites, ranks, seed)
     built = {path: _build(resolved, _with_shared(site, planned), ranks[path]) for path, site in sites.items()}
     weights = {p: b for p, b in built.items() if isinstance(b, Weight)}
-    branches = {p: b for p, b in built.items() if isinstance(b, Branch)}
     _refuse_layers(layers, weights)
     record = _record(resolved, seed, ranks, [t.path for t in lenders], trained) | {"plan": planned.digest()}
     adapter = Adapter(name, record, resolved.structure.traits["stage"], [t.path for t in lenders])
     adapter.shared = {key: _attribute(name, key) for key in planned.shared}
-    gate = resolved.structure.traits["gate"]
-    rules = {} if gate is None else {key: gate(**resolved.options)}
     return Prepared(
-        adaptation, adapter, lenders, layers, weights, branches, borrowers, dict(planned.shared), rules,
-        trained, dict(ranks), notes,
-    )  # fmt: skip
+        adaptation=adaptation,
+        adapter=adapter,
+        targets=lenders,
+        layers=layers,
+        expressions=weights,
+        branches={p: b for p, b in built.items() if isinstance(b, Branch)},
+        borrowers=borrowers,
+        shared=dict(planned.shared),
+        gate_rules=_gate_rules(resolved, name),
+        train=trained,
+        ranks=dict(ranks),
+        notes=notes,
+    )
+
+
+def _gate_key(resolved: Resolved, name: str) -> str:
+    return f"{name}:{resolved.structure.name}"
+
+
+def _gate_rules(resolved: Resolved, name: str) -> dict[str, GateRule]:
+    gate = resolved.structure.traits["gate"]
+    return {} if gate is None else {_gate_key(resolved, name): gate(**resolved.options)}
 
 
 def _refuse_layers(layers: Mapping[str, StructuredLayer], weights: Mapping[str, Weight]) -> None:

@@ -227,7 +227,7 @@ def structure(
         activations: the change acts on a module's output.
         targets: the default targets.
         example: options without which it cannot be built, for tests and documentation.
-        refuses: the weights of the generic battery that it refuses, such as "odd" where sides have to be even.
+        refuses: the weights of the battery that it refuses, such as "odd" where sides have to be even.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
     traits = {

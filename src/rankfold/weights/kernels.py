@@ -66,7 +66,7 @@ def _evaluated(
     down: Tensor,
     ratio: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the output, and `x down^T` where the factors were applied; ratio (out,) scales all but the bias."""
+    """Return the output, and `x down^T` where factors were applied; ratio (out,) scales all but the bias."""
     if formed:
         matrix = _form(weight, up, down)
         return F.linear(x, matrix if ratio is None else matrix.mul_(ratio[:, None]), bias), None
@@ -255,10 +255,10 @@ def normalized_linear(
     magnitude: Tensor,
     norm: Tensor | None = None,
 ) -> Tensor:
-    """Return `x @ V'.T + bias`, V' being `V = weight + up @ down + frozen` with rows scaled by magnitude / norm.
+    """Return `x @ V'.T + bias`: V' is `V = weight + up @ down + frozen`, its rows times magnitude / norm.
 
-    The output itself is kept for the gradient of the magnitude; where a magnitude is exactly zero its gradient
-    is taken as zero, because the output no longer says what was scaled. A row of V that is zero stays zero.
+    The output itself is kept for the gradient of the magnitude; where a magnitude is exactly zero its
+    gradient is taken as zero, because the output no longer says what was scaled. A zero row of V stays zero.
 
     Args:
         x: (..., in).
@@ -373,7 +373,7 @@ def _exchange(inner: Tensor) -> Tensor:
 
 
 def grid_matrix(up: Tensor, down: Tensor) -> Tensor:
-    """Return the matrix (out, in) of k x k blocks, block (j, n) being `up[j, :, n q:(n+1) q] @ down[n, j q:(j+1) q]`.
+    """Return the matrix (out, in) of k x k blocks: (j, n) is `up[j, :, n q:(n+1) q] @ down[n, j q:(j+1) q]`.
 
     Args:
         up: (k, out / k, k q).
@@ -394,7 +394,7 @@ def grid_linear(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down
 
 
 class _Scaled(torch.autograd.Function):
-    """diag(left) M diag(right) for a frozen M; the gradient of neither side forms another matrix than grad . M."""
+    """diag(left) M diag(right) for a frozen M; both gradients are read off grad . M."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:

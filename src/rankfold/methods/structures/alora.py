@@ -11,6 +11,7 @@ values.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class Invoked:
         return torch.where(last < 0, none, last)
 
 
-def invocation_gate(*, invocation: Sequence[int], **options: float) -> Invoked:
+def invocation_gate(*, invocation: Any, **options: float) -> Invoked:
     """Return the gate of an invocation.
 
     Raises:

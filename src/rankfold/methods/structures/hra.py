@@ -4,7 +4,7 @@
 
 Yuan et al. 2024. u_i in R^in are trained. W W^T and the singular values stay those of W0; rank(W - W0) <= r.
 As in the official code r = 8 and the vectors are Kaiming uniform (a = sqrt 5), every one repeated so that the
-reflections cancel in pairs: the base up to rounding. The paper's regulariser is `penalty`.
+reflections cancel in pairs. The paper's regulariser is `penalty`. Start: the base up to rounding.
 
 Deviations: the rank is even, an odd one could not start at the base; the strictly orthogonal (Gram-Schmidt)
 form is left out, for H = I - 2 Q Q^T is never the identity.
