@@ -350,7 +350,7 @@ def show(rows: Sequence[Row], predictions: Sequence[Prediction], best: str) -> N
         table.add_row(*cells, style="bold" if row.name == best else "")
     say()
     say(table, soft_wrap=False)
-    say(f"\nThree predictions of {best}, of the adapters best on the validation split, loaded from its files:")
+    say(f"\nOf the adapters {best} was best on the validation split. Loaded from its files, it says:")
     for prediction in predictions:
         say(f"  {prediction.text}", markup=False)
         say(f"    predicted {prediction.predicted}, true {prediction.true}", markup=False)

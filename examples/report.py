@@ -206,7 +206,7 @@ def _write(path: Path, content: bytes) -> None:
 def accuracy_figure(rows: Sequence[Row]) -> Figure:
     """Accuracy on the test set, with its interval, against the numbers trained."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, PercentFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
     figure = Figure(figsize=(5.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -219,6 +219,7 @@ def accuracy_figure(rows: Sequence[Row]) -> Figure:
     axes.set_xlim(smallest / 5, largest * 4)
     axes.set_ylim(*_limits(rows))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))  # no halves, which would be rounded
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     axes.grid(axis="y")
     axes.set_xlabel("trained parameters (head included)")

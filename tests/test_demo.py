@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -309,6 +310,17 @@ def test_the_pictures_follow_the_colours_of_the_page(written):
     for variable in set(re.findall(r"var\((--(?:ink|faint|method-\d))\)", pictures)):
         assert f"{variable}:" in light
         assert f"{variable}:" in dark
+
+
+@pytest.mark.parametrize("spread", [5, 10, 19, 30])
+def test_the_marks_of_the_accuracy_axis_are_where_they_say(spread):
+    rows = [replace(row, right=545 + spread * place) for place, row in enumerate(a_story().rows)]
+    axes = report.accuracy_figure(rows).axes[0]
+    marks = axes.yaxis.get_major_ticks()
+    axes.figure.draw_without_rendering()
+    assert len(marks) > 3
+    for mark in marks:
+        assert float(mark.label1.get_text().removesuffix(" %")) == pytest.approx(100 * mark.get_loc())
 
 
 def test_the_picture_for_other_pages_is_a_png_and_nothing_else_is_left(written):

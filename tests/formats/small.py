@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from battery import Point, adapted_blocks, points
 from hosts import blocks, token_ids
+from layers.models import made, perturb
 from torch import Tensor, nn
 
 import rankfold as rf
@@ -76,3 +79,38 @@ class Untouched:
         assert list(values) == list(known)
         assert all(torch.equal(values[key], known[key]) for key in known)
         assert now == {key: self.before[key] for key in now}
+
+
+# Models of transformers, and peft ---------------------------------------------------------------------
+
+CLOSE, MOVED = 1e-5, 1e-3
+
+
+def sharp(name: str) -> nn.Module:
+    """Return a model whose logits show a change of any weight."""
+    model = made(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter *= 4
+    return model
+
+
+def adapted(name: str, /, method: str = "lora", **options: Any) -> nn.Module:
+    """Return an adapted model, moved well away from its start, in evaluation."""
+    model = rf.adapt(sharp(name), method, **options)
+    perturb(model, 0.2)
+    return model.eval()
+
+
+def in_peft(folder: Path, model: nn.Module) -> nn.Module:
+    """Load a folder by peft; a missing or unexpected tensor is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected) .*keys.*")
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+def agree(actual: Tensor, wanted: Tensor) -> None:
+    difference = float((actual - wanted).detach().abs().max())
+    assert difference <= CLOSE * max(1.0, float(wanted.abs().max())), f"off by {difference:.1e}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from formats.test_peft import adapted, agree, in_peft, sharp
+from formats.small import adapted, agree, in_peft, sharp
 from hypothesis import given
 from hypothesis import strategies as st
 from layers.models import logits

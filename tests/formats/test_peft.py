@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from formats.small import Untouched, edit_config
+from formats.small import MOVED, Untouched, adapted, agree, edit_config, in_peft, sharp
 from layers import models
 from layers.models import logits, made, perturb
 from safetensors.torch import load_file, save_file
@@ -23,39 +22,6 @@ from rankfold.errors import BaseMismatch, Incompatible, InvalidOption, NotDense,
 from rankfold.formats import peft as form
 from rankfold.formats.files import read_json
 from rankfold.layers import require
-
-CLOSE, MOVED = 1e-5, 1e-3
-
-
-def sharp(name: str) -> nn.Module:
-    """Return a model whose logits show a change of any weight."""
-    model = made(name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter *= 4
-    return model
-
-
-def adapted(name: str, /, method: str = "lora", **options: Any) -> nn.Module:
-    """Return an adapted model, moved well away from its start, in evaluation."""
-    model = rf.adapt(sharp(name), method, **options)
-    perturb(model, 0.2)
-    return model.eval()
-
-
-def in_peft(folder: Path, model: nn.Module) -> nn.Module:
-    """Load a folder by peft; a missing or unexpected tensor is an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected) .*keys.*")
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
-
-
-def agree(actual: Tensor, wanted: Tensor) -> None:
-    difference = float((actual - wanted).detach().abs().max())
-    assert difference <= CLOSE * max(1.0, float(wanted.abs().max())), f"off by {difference:.1e}"
-
 
 def both_agree(name: str, model: nn.Module, folder: Path, **options: Any) -> rf.Report:
     """Assert that peft and Rankfold read an export as the model is."""

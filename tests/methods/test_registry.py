@@ -129,3 +129,12 @@ def test_another_package_adds_its_methods_by_an_entry_point(monkeypatch: pytest.
     registry.load_all.cache_clear()
     assert rf.find_method("theirs").title == "Mine"
     assert asked == ["rankfold.methods"]
+
+
+@pytest.mark.usefixtures("clean")
+def test_annotations_that_only_a_type_checker_can_read_leave_options_unchecked() -> None:
+    def build(site: "Unimportable", rank: int, *, strength: float = 2.0) -> Any:  # type: ignore[name-defined]  # noqa: F821
+        """Return nothing."""
+
+    registry.register("structure", "mine", title="Mine", year=2026, formula="W = W0")(build)
+    assert rf.find_method("mine").checked({"strength": "strong"}) == {"strength": "strong"}

@@ -37,7 +37,7 @@ _HARMLESS = {
     "ensure_weight_tying", "runtime_config", "projection_prng_key", "save_projection", "vera_dropout", "d_initial",
 }  # fmt: skip
 _UNSET: tuple[Any, ...] = (None, False, "none", [], {})
-_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass

@@ -59,7 +59,7 @@ def range_finder(
     """
     columns = min(columns, *matrix.shape)
     test = torch.randn(matrix.shape[1], columns, generator=generator, dtype=matrix.dtype).to(matrix.device)
-    basis = torch.linalg.qr(matrix @ test).Q
+    basis: Tensor = torch.linalg.qr(matrix @ test).Q
     for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     return basis

@@ -124,13 +124,20 @@ class Method:
     def _check_value(self, key: str, value: Any) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise InvalidOption(f"{self.name}: {key} must be a finite number, not {value}")
-        hint = get_type_hints(self.build).get(key, Any)
-        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        kinds = _annotated_kinds(self.build, key)
         if value is None and NoneType in kinds:
             return
         wanted = next((phrase for kind, phrase, fits in _KINDS if kind in kinds and not fits(value)), None)
         if wanted is not None:
             raise InvalidOption(f"{self.name}: {key} must be {wanted}, not {value!r}")
+
+
+def _annotated_kinds(build: Callable[..., Any], key: str) -> tuple[Any, ...]:
+    try:
+        hint = get_type_hints(build).get(key, Any)
+    except NameError:  # a name that is imported for type checkers only
+        return ()
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _is_number(value: Any) -> bool:

@@ -712,8 +712,9 @@ class Normalized(Composite):
         """Apply the direction and scale every output channel."""
         if inference():
             split, ratio = self.keep()  # type: ignore[misc]
-            if op is LINEAR and split.base is not None and split.trained is not None and not split.others:
-                return scaled_low_rank(x, split.base, bias, *split.pair(), ratio)  # type: ignore[misc]
+            pair = split.pair()
+            if op is LINEAR and split.base is not None and pair is not None and not split.others:
+                return scaled_low_rank(x, split.base, bias, pair[0], pair[1], ratio)
             return op.add(op.scale(self._unbiased(x, op), ratio.to(x.dtype)), bias)
         split = self._split()
         if op is not LINEAR or split.base is None or split.trained is None or split.others:

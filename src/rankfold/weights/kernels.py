@@ -151,8 +151,10 @@ def low_rank_linear(
         x: (..., in).
         weight: (out, in); its gradient is formed only where it requires one.
         bias: (out,) or None.
-        up, down: (out, r) and (r, in).
-        frozen_up, frozen_down: a second pair whose gradients are not formed.
+        up: (out, r).
+        down: (r, in).
+        frozen_up: (out, r') of a second pair, whose gradients are not formed, or None.
+        frozen_down: (r', in), or None.
     """
     tensors = _cast(x, weight, bias, up, down, frozen_up, frozen_down)
     formed = forms(x, weight.shape, tensors[0].dtype)  # type: ignore[union-attr]

@@ -133,7 +133,7 @@ class Foreign(Base):
     The layer's own forward is called, and its matrix is formed only where it is asked for.
     """
 
-    trainable = False  # type: ignore[assignment]  # no form of its own takes a gradient
+    trainable = False  # no form of its own takes a gradient
 
     def identity(self) -> Tensor:
         """Return a tensor whose memory and version tell whether the stored weight has changed."""
@@ -258,7 +258,8 @@ class Mixture(Leaf):
 
     def source(self) -> Tensor:
         """Return the mixed tensor."""
-        return torch.tensordot(self.coefficients.tensor(), self.bank.tensor(), 1)
+        mixed: Tensor = torch.tensordot(self.coefficients.tensor(), self.bank.tensor(), 1)
+        return mixed
 
 
 class Masked(Leaf):

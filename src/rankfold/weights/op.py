@@ -71,7 +71,7 @@ class Convolution(Op):
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.flat_padding, mode=self.padding_mode), (0,) * len(self.window)
         convolve = _CONVOLUTIONS[len(self.window)]
-        return convolve(x, kernel, bias, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        return convolve(x, kernel, bias, self.stride, padding, self.dilation, self.groups)
 
     def apply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         """Convolve x (batch, channels, *space) with the matrix seen as a kernel."""

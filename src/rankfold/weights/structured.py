@@ -325,7 +325,8 @@ class Kronecker(Weight):
     def map(self, x: Tensor) -> Tensor:
         """Apply the right map to the inner axis and the left map to the outer one."""
         y = self.right(x.unflatten(-1, (self.left.shape[1], self.right.shape[1])))
-        return self.left(y.mT).mT.flatten(-2)  # type: ignore[no-any-return]
+        left: Tensor = self.left(y.mT)
+        return left.mT.flatten(-2)
 
     def macs(self, tokens: int) -> int:
         """Return the multiply-adds of the two maps on their slices."""
@@ -353,21 +354,24 @@ class Tucker(Weight):
         factors: leaves (out, r_out), (in, r_in) and one (size, rank) per window axis.
     """
 
+    factors: Sequence[Leaf]
+
     def __init__(self, core: Leaf, factors: Sequence[Leaf]) -> None:
         columns = math.prod(f.shape[0] for f in factors[1:])
         super().__init__((factors[0].shape[0], columns))
-        self.core, self.factors = core, torch.nn.ModuleList(factors)
+        self.core = core
+        self.factors = torch.nn.ModuleList(factors)  # type: ignore[assignment]  # a registered sequence
 
     def kernel(self) -> Tensor:
         """Return the core with its window axes at full size: (r_out, r_in, *window)."""
         kernel = self.core.tensor()
         for factor in list(self.factors)[2:]:
-            kernel = torch.tensordot(kernel, factor.tensor(), ([2], [1]))  # type: ignore[operator]
+            kernel = torch.tensordot(kernel, factor.tensor(), ([2], [1]))
         return kernel
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """Return the two channel factors, (out, r_out) and (in, r_in)."""
-        return self.factors[0].tensor(), self.factors[1].tensor()  # type: ignore[operator]
+        return self.factors[0].tensor(), self.factors[1].tensor()
 
     def factored(self) -> tuple[Tensor, Tensor]:
         """Return `(up, down)` of rank r_out."""
@@ -398,9 +402,9 @@ class Tucker(Weight):
 
     def macs(self, tokens: int) -> int:
         """Return tokens * (in r_in + r_in r_out window + r_out out) on channels."""
-        (out, r_out), (inputs, r_in) = self.factors[0].shape, self.factors[1].shape  # type: ignore[misc]
+        (out, r_out), (inputs, r_in) = self.factors[0].shape, self.factors[1].shape
         window = self.shape[1] // inputs
-        return tokens * (inputs * r_in + r_in * r_out * window + r_out * out)  # type: ignore[no-any-return]
+        return tokens * (inputs * r_in + r_in * r_out * window + r_out * out)
 
     def dense_macs(self) -> int:
         """Return the multiply-adds of forming the matrix."""
@@ -408,7 +412,7 @@ class Tucker(Weight):
 
     def formula(self) -> str:
         """Return tucker(core; factors) with shapes."""
-        return f"tucker({self.core.formula()}; {', '.join(f.formula() for f in self.factors)})"  # type: ignore[operator]
+        return f"tucker({self.core.formula()}; {', '.join(f.formula() for f in self.factors)})"
 
 
 class TensorTrain(Weight):
@@ -421,14 +425,17 @@ class TensorTrain(Weight):
         outputs: p, the number of cores that carry the output index.
     """
 
+    cores: Sequence[Leaf]
+
     def __init__(self, cores: Sequence[Leaf], outputs: int) -> None:
         sizes = [core.shape[1] for core in cores]
         super().__init__((math.prod(sizes[:outputs]), math.prod(sizes[outputs:])))
-        self.cores, self.outputs = torch.nn.ModuleList(cores), outputs
+        self.outputs = outputs
+        self.cores = torch.nn.ModuleList(cores)  # type: ignore[assignment]  # a registered sequence
 
     def factored(self) -> tuple[Tensor, Tensor]:
         """Return the two halves of the train, (out, r_p) and (r_p, in)."""
-        tensors = [core.tensor() for core in self.cores]  # type: ignore[operator]
+        tensors = [core.tensor() for core in self.cores]
         left, right = tensors[0], tensors[-1]
         for core in tensors[1 : self.outputs]:
             left = torch.tensordot(left.flatten(0, 1), core, 1).flatten(0, 1)[None]
@@ -447,16 +454,16 @@ class TensorTrain(Weight):
 
     def small_rank(self) -> int:
         """Return the rank of the small form."""
-        return int(self.cores[self.outputs].shape[0])  # type: ignore[index,operator,arg-type]
+        return self.cores[self.outputs].shape[0]
 
     def macs(self, tokens: int) -> int:
         """Return tokens * middle rank * (out + in)."""
-        return tokens * self.cores[self.outputs].shape[0] * sum(self.shape)  # type: ignore[index,operator,no-any-return]
+        return tokens * self.cores[self.outputs].shape[0] * sum(self.shape)
 
     def dense_macs(self) -> int:
         """Return the multiply-adds of forming the matrix from its halves."""
-        return math.prod(self.shape) * self.cores[self.outputs].shape[0]  # type: ignore[index,return-value,operator]
+        return math.prod(self.shape) * self.cores[self.outputs].shape[0]
 
     def formula(self) -> str:
         """Return train(cores) with shapes."""
-        return f"train({', '.join(core.formula() for core in self.cores)})"  # type: ignore[operator]
+        return f"train({', '.join(core.formula() for core in self.cores)})"
