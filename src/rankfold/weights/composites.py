@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,9 @@ from .materialise import materialised_linear
 from .op import LINEAR, Op, autocast_dtype
 from .structured import Diagonal, Grid, Reflections
 from .weight import Leaf, Pair, Versions, Weight, inference, same_versions, tick, versions
+
+Factors = tuple[Tensor, Tensor]
+Derived = TypeVar("Derived")
 
 
 def _cast(pair: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +87,7 @@ def _join_grids(terms: list[Weight]) -> tuple[Tensor, Tensor] | None:
     return up, torch.cat([each.unflatten(1, blocks) for each in downs], 2).flatten(1, 2)
 
 
-class Composite(Weight):
+class Composite(Weight, Generic[Derived]):
     """An expression that may keep what it derives from its leaves while no gradients are wanted.
 
     What is kept is dropped when a leaf changes its version or its memory, when a forward with gradients runs,
@@ -91,14 +96,13 @@ class Composite(Weight):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__(shape)
-        self._kept: tuple[Versions | None, object] | None = None
+        self._kept: tuple[Versions | None, Derived] | None = None
         self._tensors: list[Leaf] | None = None
 
-    def train(self, mode: bool = True) -> Composite:
+    def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation, dropping what was kept."""
         self.forget()
-        super().train(mode)
-        return self
+        return super().train(mode)
 
     def forget(self) -> None:
         """Drop everything derived from the leaves; needed after the expression itself is changed."""
@@ -107,11 +111,11 @@ class Composite(Weight):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_kept": None, "_tensors": None}
 
-    def derived(self) -> object:
+    def derived(self) -> Derived:
         """Compute what may be kept."""
         raise NotImplementedError
 
-    def keep(self) -> object:
+    def keep(self) -> Derived:
         """Return `derived()`, from the last call where nothing has changed since."""
         if not inference():
             if self._kept is not None and not torch.compiler.is_compiling():
@@ -137,17 +141,18 @@ def _identity(leaf: Leaf) -> Tensor:
     return leaf.pool() if isinstance(leaf, Pooled) else leaf.tensor()
 
 
-class Sum(Composite):
+class Sum(Composite[Split]):
     """The sum of expressions of one shape; nested sums are flattened, low-rank terms become one pair."""
 
     atomic = False
+    terms: Sequence[Weight]
 
     def __init__(self, *terms: Weight) -> None:
-        flat = [t for term in terms for t in (term.terms if isinstance(term, Sum) else [term])]
+        flat: list[Weight] = [t for term in terms for t in (term.terms if isinstance(term, Sum) else [term])]
         if len({t.shape for t in flat}) > 1:
             raise ValueError(f"cannot add {' and '.join(t.formula() for t in flat)}: the shapes differ")
         super().__init__(flat[0].shape)
-        self.terms = nn.ModuleList(flat)
+        self.terms = nn.ModuleList(flat)  # type: ignore[assignment]  # a registered sequence
 
     def parts(self) -> Iterator[Weight]:
         """Yield the terms, those of a sum that stands in the base's place included."""
@@ -156,17 +161,19 @@ class Sum(Composite):
             if isinstance(inner, Sum):
                 yield from inner.parts()
             else:
-                yield term  # type: ignore[misc]
+                yield term
 
     def derived(self) -> Split:
         """Take the sum apart."""
-        split, trained, frozen = Split(), [], []
+        split = Split()
+        trained: list[Factors] = []
+        frozen: list[Factors] = []
         for term in self.parts():
-            if split.base is None and split.foreign is None and _is_plain(term):
-                if isinstance(term, Foreign):
-                    split.foreign = term
+            if split.base is None and split.foreign is None and (leaf := _plain(term)) is not None:
+                if isinstance(leaf, Foreign):
+                    split.foreign = leaf
                 else:
-                    split.base = term.tensor()  # type: ignore[attr-defined]
+                    split.base = leaf.tensor()
             elif not self._small(term) or (pair := term.factored()) is None:
                 split.others.append(term)
             else:
@@ -185,12 +192,12 @@ class Sum(Composite):
 
     def small_rank(self) -> int | None:
         """Return the sum of the terms' ranks, where all have a small form."""
-        ranks = [term.small_rank() for term in self.parts()]
-        return None if any(r is None for r in ranks) else sum(ranks)  # type: ignore[arg-type]
+        ranks = [rank for term in self.parts() if (rank := term.small_rank()) is not None]
+        return sum(ranks) if len(ranks) == len(list(self.parts())) else None
 
     def split(self) -> Split:
         """Take the sum apart for evaluation; the one place where its order is chosen."""
-        return self.keep()  # type: ignore[return-value]
+        return self.keep()
 
     def dense(self) -> Tensor:
         """Return the matrix, (out, in)."""
@@ -204,8 +211,8 @@ class Sum(Composite):
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Apply base and low-rank terms in one fused product, then the other terms."""
         split = self.split()
-        if op is LINEAR and split.grid is not None:
-            return grid_linear(x, split.base, bias, *split.grid)  # type: ignore[arg-type]
+        if op is LINEAR and split.base is not None and split.grid is not None:
+            return grid_linear(x, split.base, bias, *split.grid)
         if op is LINEAR and self._denser(split, x):
             return materialised_linear(self, x, bias)
         y = self._main(split, x, bias, op)
@@ -240,25 +247,22 @@ class Sum(Composite):
         low = None if pair is None else op.low_rank(x, *_cast(pair, x))
         if split.foreign is None:
             return op.add(x.new_zeros(()) if low is None else low, bias)
-        y = split.foreign(x, bias, op)
+        y: Tensor = split.foreign(x, bias, op)
         return y if low is None else y + low.to(y.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the sum of the terms' rows."""
-        first, *rest = (term.rows(ids) for term in self.parts())
-        for row in rest:
-            first = first + row
-        return first
+        return functools.reduce(torch.add, [term.rows(ids) for term in self.parts()])
 
     def factored(self) -> tuple[Tensor, Tensor] | None:
         """Return all terms as one pair, where every one has a small form."""
-        pairs = [term.factored() for term in self.parts()]
-        return None if any(p is None for p in pairs) else _join(pairs)  # type: ignore[arg-type]
+        pairs = [pair for term in self.parts() if (pair := term.factored()) is not None]
+        return _join(pairs) if len(pairs) == len(list(self.parts())) else None
 
     def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
         """Yield the pairs of every term."""
         for term in self.terms:
-            yield from term.pairs(scale)  # type: ignore[operator]
+            yield from term.pairs(scale)
 
     def macs(self, tokens: int) -> int:
         """Return the sum over the terms."""
@@ -275,7 +279,7 @@ class Sum(Composite):
 
     def formula(self) -> str:
         """Return the terms joined by +."""
-        return " + ".join(term.formula() for term in self.terms).replace("+ -", "- ")  # type: ignore[operator]
+        return " + ".join(term.formula() for term in self.terms).replace("+ -", "- ")
 
 
 def _added(
@@ -295,10 +299,11 @@ def _added(
     return op.apply(x, base.to(x.dtype), bias) + op.low_rank(x, *_cast(pair, x))  # type: ignore[arg-type]
 
 
-def _is_plain(term: Weight) -> bool:
-    return (isinstance(term, Base) and term.inner is None) or (
-        isinstance(term, Dense) and len(term.shape) == 2
-    )
+def _plain(term: Weight) -> Leaf | None:
+    """Return a term that is a stored matrix, or None."""
+    if isinstance(term, Base):
+        return term if term.inner is None else None
+    return term if isinstance(term, Dense) and len(term.shape) == 2 else None
 
 
 def _wider(first: Tensor, second: Tensor) -> torch.dtype:
@@ -310,36 +315,37 @@ def term_is_dense(term: Weight) -> bool:
     return not any(isinstance(m, Gated) or (isinstance(m, Dropped) and m.active) for m in term.modules())
 
 
-class Product(Composite):
+class Product(Composite[tuple[Factors | None, Split | None]]):
     """The matrix product of expressions, applied right to left, or through one small pair.
 
     Factors are flattened. Between two trained leaves a diagonal gate may be inserted (`insert_gate`).
     """
 
     atomic = False
+    factors: Sequence[Weight]
 
     def __init__(self, *factors: Weight) -> None:
-        flat = [
+        flat: list[Weight] = [
             f for factor in factors for f in (factor.factors if isinstance(factor, Product) else [factor])
         ]
-        for left, right in zip(flat, flat[1:], strict=False):
+        for left, right in itertools.pairwise(flat):
             if left.shape[1] != right.shape[0]:
                 raise ValueError(
                     f"cannot multiply {left.formula()} by {right.formula()}: the shapes do not meet"
                 )
         super().__init__((flat[0].shape[0], flat[-1].shape[1]))
-        self.factors = nn.ModuleList(flat)
+        self._set(flat)
+
+    def _set(self, factors: list[Weight]) -> None:
+        self.factors = nn.ModuleList(factors)  # type: ignore[assignment]  # a registered sequence
 
     def rank(self) -> int:
         """The smallest inner dimension."""
-        return min(factor.shape[1] for factor in list(self.factors)[:-1])  # type: ignore[index]
+        return min(factor.shape[1] for factor in list(self.factors)[:-1])
 
     def dense(self) -> Tensor:
         """Return the matrix, (out, in)."""
-        first, *rest = (f.dense() for f in self.factors)  # type: ignore[operator]
-        for dense in rest:
-            first = _multiplied(first, dense)
-        return first
+        return functools.reduce(_multiplied, [factor.dense() for factor in self.factors])
 
     def factored(self) -> tuple[Tensor, Tensor] | None:
         """Return (up, down), split where the inner dimension is smallest and the fewest sides are trained.
@@ -348,14 +354,14 @@ class Product(Composite):
         """
         if self.small_rank() is None:
             return None
-        factors: list[Weight] = list(self.factors)  # type: ignore[arg-type]
+        factors = list(self.factors)
         cuts = [(f.shape[0], _trained_sides(factors, i), i) for i, f in enumerate(factors) if i]
         cut = min(cuts)[2]
         return _chain(factors[:cut], from_left=False), _chain(factors[cut:], from_left=True)
 
     def small_rank(self) -> int | None:
         """Return the smallest inner dimension, unless a wide factor makes the small form a bad idea."""
-        factors: list[Weight] = list(self.factors)  # type: ignore[arg-type]
+        factors = list(self.factors)
         rank = self.rank()
         if rank >= min(self.shape) and not all(isinstance(f, Leaf | Diagonal) for f in factors):
             return None
@@ -373,14 +379,14 @@ class Product(Composite):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Apply through the small pair where there is one, else factor by factor or as one matrix."""
-        pair, split = self.keep()  # type: ignore[misc]
-        if split is not None:
+        pair, split = self.keep()
+        if split is not None and split.base is not None and split.trained is not None:
             return _added(x, split.base, bias, op, split.trained)
         if self._denser(op.tokens(x)) or (pair is None and op.groups > 1):
             return op.apply(x, self.dense().to(x.dtype), bias)
         if pair is not None:
             return op.add(op.low_rank(x, *_cast(pair, x)), bias)
-        y = self.factors[-1](x, op=op)
+        y: Tensor = self.factors[-1](x, op=op)
         for factor in reversed(list(self.factors)[:-1]):
             y = op.channels(y, factor)
         return op.add(y, bias)
@@ -398,10 +404,10 @@ class Product(Composite):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return rows of the left factor, taken through the others."""
-        y = self.factors[0].rows(ids)  # type: ignore[operator]
+        y = self.factors[0].rows(ids)
         for factor in list(self.factors)[1:]:
-            y = factor.T.map(y)  # type: ignore[operator]
-        return y  # type: ignore[no-any-return]
+            y = factor.T.map(y)
+        return y
 
     def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
         """Yield the pair of a product `up @ down` or `up @ diag(gate) @ down` of trained leaves."""
@@ -409,35 +415,36 @@ class Product(Composite):
         middle = list(self.factors)[1:-1]
         if len(middle) > 1 or not all(isinstance(end, Dense) and end.trainable for end in ends):
             return
-        if middle and not isinstance(middle[0], Diagonal):
-            return
-        gate = middle[0].vector if middle else None  # type: ignore[union-attr]
-        yield Pair(ends[0], ends[1], scale, gate, self)  # type: ignore[arg-type]
+        gate = middle[0] if middle else None
+        if gate is None:
+            yield Pair(ends[0], ends[1], scale, None, self)
+        elif isinstance(gate, Diagonal):
+            yield Pair(ends[0], ends[1], scale, gate.vector, self)
 
     def insert_gate(self, gate: Leaf) -> None:
         """Put diag(gate) between the two factors; gate has shape (r,)."""
-        self.factors = nn.ModuleList([self.factors[0], Diagonal(gate), self.factors[1]])
+        self._set([self.factors[0], Diagonal(gate), self.factors[1]])
         tick()  # whatever this product is part of holds the old pair
 
     def macs(self, tokens: int) -> int:
         """Return the sum over the factors."""
-        return sum(factor.macs(tokens) for factor in self.factors)  # type: ignore[operator,misc]
+        return sum(factor.macs(tokens) for factor in self.factors)
 
     def dense_macs(self) -> int:
         """Return the multiply-adds of multiplying the factors out, left to right."""
         rows, total = self.shape[0], 0
         for factor in list(self.factors)[1:]:
-            total += factor.macs(rows)  # type: ignore[operator]
+            total += factor.macs(rows)
         return total
 
     @property
     def T(self) -> Weight:
         """The transposed factors in the opposite order."""
-        return Product(*(factor.T for factor in reversed(list(self.factors))))  # type: ignore[arg-type]
+        return Product(*(factor.T for factor in reversed(list(self.factors))))
 
     def formula(self) -> str:
         """Return the factors joined by @."""
-        return " @ ".join(factor.bracketed() for factor in self.factors)  # type: ignore[operator]
+        return " @ ".join(factor.bracketed() for factor in self.factors)
 
 
 def _trained_sides(factors: list[Weight], cut: int) -> int:
@@ -533,7 +540,7 @@ class Scaled(Weight):
         return f"{numbers.get(self.scale, f'{self.scale:g} ')}{self.inner.bracketed()}"
 
 
-class Hadamard(Composite):
+class Hadamard(Composite[Factors | None]):
     """The entrywise product of two expressions; of two small ones by the Khatri-Rao product of their factors.
 
     (B1 A1) . (B2 A2) = (B1 * B2) (A1 * A2),  rank r1 r2, never formed as a matrix unless that is cheaper.
@@ -660,7 +667,7 @@ class Modulated(Weight):
         return f"{self.base.bracketed()} . (1 + {self.change.formula()})"
 
 
-class Normalized(Composite):
+class Normalized(Composite[tuple[Split, Tensor]]):
     """`diag(m / n) V`: every row of the direction V brought to a trained length m.
 
     The norm n is expanded over the factors of V = W + B A, so that the product is never formed:
@@ -688,7 +695,8 @@ class Normalized(Composite):
         split = self._split()
         if split.base is None or split.others:
             dense = self.direction.dense()
-            return torch.linalg.vector_norm(dense, dim=1, dtype=at_least_float32(dense))
+            norms: Tensor = torch.linalg.vector_norm(dense, dim=1, dtype=at_least_float32(dense))
+            return norms
         return row_norms(split.base, split.pair())
 
     def length(self) -> Tensor:
@@ -711,7 +719,7 @@ class Normalized(Composite):
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Apply the direction and scale every output channel."""
         if inference():
-            split, ratio = self.keep()  # type: ignore[misc]
+            split, ratio = self.keep()
             pair = split.pair()
             if op is LINEAR and split.base is not None and pair is not None and not split.others:
                 return scaled_low_rank(x, split.base, bias, pair[0], pair[1], ratio)
@@ -764,7 +772,7 @@ def row_norms(base: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
         pair: up (out, r) and down (r, in), or None.
     """
     dtype = at_least_float32(base)
-    square = torch.linalg.vector_norm(base, dim=1, dtype=dtype).square()
+    square: Tensor = torch.linalg.vector_norm(base, dim=1, dtype=dtype).square()
     if pair is None:
         return square.sqrt()
     up, down = (t.to(dtype) for t in pair)
@@ -773,7 +781,7 @@ def row_norms(base: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 class Dropped(Weight):
-    """An expression whose own input passes through dropout while training; the rest of a sum sees it whole."""
+    """An expression whose own input passes through dropout while training; the rest of a sum sees all."""
 
     def __init__(self, inner: Weight, probability: float) -> None:
         super().__init__(inner.shape)

@@ -1,7 +1,7 @@
 """Gates that travel beside the input: one number per (batch, token) that multiplies a term.
 
-A gate is computed once per forward of the root model, from its inputs, and read by the terms and branches that
-it controls. Recomputation under gradient checkpointing restores the gates of the forward that it repeats
+A gate is computed once per forward of the root model, from its inputs, and read by the terms and branches
+that it controls. Recomputation under gradient checkpointing restores the gates of the forward that it repeats
 (`layers.carrier`).
 """
 

@@ -27,6 +27,12 @@ _WIDE = (torch.float32, torch.float64)
 _PIECE = 64  # tokens
 
 
+def applied(function: Any, *arguments: Any) -> Tensor:
+    """Apply an autograd function, which torch leaves untyped."""
+    result: Tensor = function.apply(*arguments)
+    return result
+
+
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -108,7 +114,7 @@ class _LowRankLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, up, down, frozen_up, frozen_down, inner = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, needs_up, needs_down = ctx.needs_input_grad[:6]
         flat, flat_x = _flat(grad), _flat(x)
@@ -158,8 +164,7 @@ def low_rank_linear(
     """
     tensors = _cast(x, weight, bias, up, down, frozen_up, frozen_down)
     formed = forms(x, weight.shape, tensors[0].dtype)  # type: ignore[union-attr]
-    result: Tensor = _LowRankLinear.apply(formed, *tensors)
-    return result
+    return applied(_LowRankLinear, formed, *tensors)
 
 
 class _NormalizedLinear(torch.autograd.Function):
@@ -197,7 +202,7 @@ class _NormalizedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # the output stands for its unscaled self, which a second derivative would not see
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, up, down, frozen_up, frozen_down, magnitude, norm, ratio, y = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_up, needs_down = ctx.needs_input_grad[1:6]
         needs_magnitude, needs_norm = ctx.needs_input_grad[8:]
@@ -273,8 +278,7 @@ def normalized_linear(
     """
     tensors = _cast(x, weight, bias, *pair, *(frozen or (None, None)))
     formed = forms(x, weight.shape, tensors[0].dtype)  # type: ignore[union-attr]
-    result: Tensor = _NormalizedLinear.apply(formed, *tensors, magnitude, norm)
-    return result
+    return applied(_NormalizedLinear, formed, *tensors, magnitude, norm)
 
 
 def scaled_low_rank(
@@ -300,7 +304,7 @@ class _ModulatedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, up, down = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_up, needs_down = ctx.needs_input_grad
         flat, grad_x, grad_weight, grad_up, grad_down = _flat(grad), None, None, None, None
@@ -323,8 +327,7 @@ def _modulate(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def modulated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
     """Return `x @ (weight * (1 + up @ down)).T + bias`, keeping only x, weight, up and down for backward."""
-    result: Tensor = _ModulatedLinear.apply(*_cast(x, weight, bias, up, down))
-    return result
+    return applied(_ModulatedLinear, *_cast(x, weight, bias, up, down))
 
 
 class _GridLinear(torch.autograd.Function):
@@ -343,7 +346,7 @@ class _GridLinear(torch.autograd.Function):
         return y.add_((inner @ up.mT).transpose(0, 1).reshape(y.shape))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, up, down = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, needs_up, needs_down = ctx.needs_input_grad
         flat, count, grad_x = _flat(grad), len(up), None
@@ -353,7 +356,7 @@ class _GridLinear(torch.autograd.Function):
             grad_x = flat @ grid_matrix(up, down).add_(weight)
         elif needs_x:
             grad_x = flat @ weight
-            grad_x = grad_x + (grad_inner @ down).transpose(0, 1).reshape(grad_x.shape)  # type: ignore[operator]
+            grad_x = grad_x + (grad_inner @ down).transpose(0, 1).reshape(grad_x.shape)
         return (
             None,
             None if grad_x is None else grad_x.view(x.shape),
@@ -366,12 +369,14 @@ class _GridLinear(torch.autograd.Function):
 
 def _blocks(flat: Tensor, count: int) -> Tensor:
     """See (tokens, channels) as (count, tokens, channels / count)."""
-    return flat.unflatten(-1, (count, -1)).transpose(0, 1)
+    blocks: Tensor = flat.unflatten(-1, (count, -1)).transpose(0, 1)
+    return blocks
 
 
 def _exchange(inner: Tensor) -> Tensor:
     """Exchange the two block axes: (k, tokens, k q) to (k, tokens, k q)."""
-    return inner.unflatten(-1, (len(inner), -1)).permute(2, 1, 0, 3).flatten(2)
+    exchanged: Tensor = inner.unflatten(-1, (len(inner), -1)).permute(2, 1, 0, 3).flatten(2)
+    return exchanged
 
 
 def grid_matrix(up: Tensor, down: Tensor) -> Tensor:
@@ -384,15 +389,15 @@ def grid_matrix(up: Tensor, down: Tensor) -> Tensor:
     count = len(up)
     left = up.unflatten(2, (count, -1)).transpose(1, 2)
     right = down.unflatten(1, (count, -1)).transpose(0, 1)
-    return (left @ right).transpose(1, 2).reshape(count * up.shape[1], -1)
+    matrix: Tensor = (left @ right).transpose(1, 2).reshape(count * up.shape[1], -1)
+    return matrix
 
 
 def grid_linear(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
     """Return `x @ (weight + grid_matrix(up, down)).T + bias`, keeping only x and the factors for backward."""
     tensors = _cast(x, weight, bias, up, down)
     formed = forms(x, weight.shape, tensors[0].dtype, len(up))  # type: ignore[union-attr]
-    result: Tensor = _GridLinear.apply(formed, *tensors)
-    return result
+    return applied(_GridLinear, formed, *tensors)
 
 
 class _Scaled(torch.autograd.Function):
@@ -404,7 +409,7 @@ class _Scaled(torch.autograd.Function):
         return (matrix * right).mul_(left[:, None])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         matrix, left, right = ctx.saved_tensors
         product = grad * matrix
         return None, product @ right, left @ product
@@ -412,8 +417,7 @@ class _Scaled(torch.autograd.Function):
 
 def scaled_matrix(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return `diag(left) @ matrix @ diag(right)` for a frozen matrix (n, m), keeping nothing of its size."""
-    result: Tensor = _Scaled.apply(matrix, left, right)
-    return result
+    return applied(_Scaled, matrix, left, right)
 
 
 class _Reflect(torch.autograd.Function):
@@ -426,7 +430,7 @@ class _Reflect(torch.autograd.Function):
         return torch.addmm(_flat(x), inner @ core.T, vectors.T, alpha=-1).view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, vectors, core, inner = ctx.saved_tensors
         if torch.is_grad_enabled():
             inner = _flat(x) @ vectors
@@ -447,5 +451,4 @@ class _Reflect(torch.autograd.Function):
 def reflect(x: Tensor, vectors: Tensor, core: Tensor) -> Tensor:
     """Return `x @ (I - V T V^T).T` for V (n, r) and T (r, r), keeping x and n-by-r tensors only."""
     dtype = autocast_dtype(x)
-    result: Tensor = _Reflect.apply(x.to(dtype), vectors.to(dtype), core.to(dtype))
-    return result
+    return applied(_Reflect, x.to(dtype), vectors.to(dtype), core.to(dtype))

@@ -65,8 +65,8 @@ class Base(Leaf):
     """The stored weight of an adapted layer, read in place and never owned.
 
     The layer keeps its Parameter under its old name, so ties, checkpoints and `state_dict` names work by
-    themselves. The reference to the layer is not registered. Where several adapters are active at once, `inner`
-    is the expression of the adapter below this one.
+    themselves. The reference to the layer is not registered. Where several adapters are active at once,
+    `inner` is the expression of the adapter below this one.
     """
 
     def __init__(self, holder: Holder, shape: tuple[int, int]) -> None:
@@ -140,7 +140,7 @@ class Foreign(Base):
         return self._holder[0].identity()  # type: ignore[attr-defined,no-any-return]
 
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
-        """Call the foreign module, which adds its bias itself: `bias` is that one, or None to leave it out."""
+        """Call the foreign module, which adds its own bias: `bias` is that one, or None to leave it out."""
         if self.inner is not None:
             result: Tensor = self.inner(x, bias, op)
             return result
@@ -150,7 +150,7 @@ class Foreign(Base):
 
 
 class Pooled(Leaf):
-    """A tensor read out of one that the model shares between layers: a slice, or a gather times a coefficient.
+    """A tensor read out of one that layers share: a slice, or a gather times a coefficient.
 
         value = pool[:rows, :columns]            or            value = pool[index] * coefficient
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .kernels import applied
 from .op import autocast_dtype
 from .weight import Leaf, Weight, substituted
 
@@ -26,7 +27,7 @@ class _Materialised(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # the matrix is formed again under a graph of its own
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         flat, needs = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
         with torch.enable_grad():
@@ -52,5 +53,4 @@ def materialised_linear(expression: Weight, x: Tensor, bias: Tensor | None) -> T
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not leaves:
         return F.linear(x, expression.dense().to(dtype), bias)
     tensors = [leaf.tensor() for leaf in leaves]
-    result: Tensor = _Materialised.apply(x, bias, expression, leaves, *tensors)
-    return result
+    return applied(_Materialised, x, bias, expression, leaves, *tensors)

@@ -418,7 +418,7 @@ class Tucker(Weight):
 class TensorTrain(Weight):
     """A tensor train over the digits of the output index, then of the input index.
 
-        W[(o_1..o_p), (i_1..i_q)] = C_1[:, o_1, :] ... C_p[:, o_p, :] C_{p+1}[:, i_1, :] ... C_{p+q}[:, i_q, :]
+        W[(o_1..o_p), (i_1..i_q)] = C_1[:, o_1, :] ... C_p[:, o_p, :] C_p+1[:, i_1, :] ... C_p+q[:, i_q, :]
 
     Args:
         cores: leaves (r_{k-1}, n_k, r_k) with r_0 = r_{p+q} = 1.

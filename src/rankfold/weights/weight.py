@@ -140,7 +140,7 @@ class Weight(nn.Module):
                 yield module
 
     def sources(self) -> Iterator[Leaf]:
-        """Yield every leaf that evaluation reads: those of an expression that stands in a leaf's place, too."""
+        """Yield every leaf that evaluation reads, those of an expression in a leaf's place included."""
         for leaf in self.leaves():
             below = leaf.below()
             if below is None:
