@@ -196,9 +196,10 @@ class Maker:
         return w.Modulated(self.expression(shape, depth), self.expression(shape, depth))
 
     def normalized(self, shape: Shape, depth: int) -> Weight:
-        """Return an expression with rows of trained length."""
-        detach = bool(self.integer(0, 1))
-        return w.Normalized(self.expression(shape, depth), self.leaf(shape[0]), detach=detach)
+        """Return an expression with rows, or columns, of trained length."""
+        detach, axis = bool(self.integer(0, 1)), self.integer(0, 1)
+        kind = (w.Normalized, w.ColumnNormalized)[axis]
+        return kind(self.expression(shape, depth), self.leaf(shape[axis]), detach=detach)
 
     def kronecker(self, shape: Shape, depth: int) -> Weight:
         """Return a Kronecker product."""

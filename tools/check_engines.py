@@ -1,10 +1,10 @@
 """Reads portable exports with the loaders of servers, on a CPU: `make check-engines`.
 
-A tiny random Llama is adapted by several methods and exported in the portable form. vLLM's own loader reads every
-folder; SGLang's reads its configuration; for llama.cpp the folder is written as a GGUF adapter, whose names, shapes
-and scale are read back by its rule. Every reader must find the change that the expression makes, and each of the
-first two must refuse, or read another change from, the same adapter in peft's full form, to show that it looks.
-One line for every server; the exit status is 1 if one of them reads another change or cannot be asked.
+A tiny random Llama is adapted by several methods and exported in the portable form. vLLM's own loader reads
+every folder; SGLang's reads its configuration; for llama.cpp the folder is written as a GGUF adapter, whose
+names, shapes and scale are read back by its rule. Every reader must find the change that the expression
+makes, and must refuse DoRA in peft's full form, or find another change in it, to show that it looks. One line
+for every server; the exit status is 1 if one of them reads another change or cannot be asked.
 """
 
 import os
@@ -98,7 +98,8 @@ def export_all(place: Path) -> Iterator[tuple[Path, Changes]]:
 
 # The servers ------------------------------------------------------------------------------------------
 
-# What vLLM's modules for LoRA import beside what they read files with: layers of its models, which need a GPU build.
+# What vLLM's modules for LoRA import beside what they read files with: layers of its models, which need a GPU
+# build.
 _LAYERS_OF_VLLM = (
     "vllm.lora.layers", "vllm.model_executor", "vllm.model_executor.custom_op", "vllm.model_executor.layers",
     "vllm.model_executor.layers.fused_moe", "vllm.model_executor.layers.linear",
@@ -157,7 +158,7 @@ class Sglang:
 
 
 class LlamaCpp:
-    """Writes the adapter as GGUF under llama.cpp's names, and reads names, shapes and scale back by its rule."""
+    """Writes a GGUF adapter under llama.cpp's names, and reads names, shapes and scale back by its rule."""
 
     name = f"llama.cpp (gguf {version('gguf')})"
 
@@ -209,7 +210,9 @@ def tensor_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tenso
     prefix, ends = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
     for name in tensors:
         expect(name.startswith(prefix) and name.endswith(ends), f"{name} is no A or B of a linear layer")
-    paths = dict.fromkeys(name.removeprefix(prefix).removesuffix(ends[0]) for name in tensors if ends[0] in name)
+    paths = dict.fromkeys(
+        name.removeprefix(prefix).removesuffix(ends[0]) for name in tensors if ends[0] in name
+    )
     return {path: (tensors[prefix + path + ends[0]], tensors[prefix + path + ends[1]]) for path in paths}
 
 
@@ -217,7 +220,7 @@ def tensor_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tenso
 
 
 def notices(read: Callable[[Path], Changes], place: Path) -> None:
-    """Assert that a reader tells peft's full form, of DoRA and of scales that differ, from the portable one."""
+    """Assert that a reader tells peft's full form of DoRA from the portable form."""
     dora = adapted("dora", rank=4)
     rf.export(dora, place / "dora", "peft")
     try:

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: points of the catalogue on a small model, and folders to compare and to spoil."""
+"""What the tests of this folder share: points of the catalogue on small models, folders to spoil."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import peft
 import torch
-from battery import Point, adapted_blocks, points
+from battery import adapted_blocks, points
 from hosts import blocks, token_ids
 from layers.models import made, perturb
 from torch import Tensor, nn

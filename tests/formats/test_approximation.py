@@ -86,7 +86,9 @@ def test_the_smallest_rank_within_an_error_is_chosen_for_every_weight(
 
 @pytest.mark.parametrize("method", ["hira", "diablo", "abba"])
 @pytest.mark.parametrize("format", ["peft", "portable"])
-def test_without_a_rank_or_an_error_such_a_change_is_refused(method: str, format: str, tmp_path: Path) -> None:
+def test_without_a_rank_or_an_error_such_a_change_is_refused(
+    method: str, format: str, tmp_path: Path
+) -> None:
     with pytest.raises(InvalidOption, match="not of low rank; pass rank= or max_error="):
         rf.export(full(method), tmp_path / "out", format)
     assert list(tmp_path.iterdir()) == []
@@ -127,7 +129,9 @@ def test_a_change_that_is_zero_has_no_error(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 8), st.integers(1, 8), st.integers(0, 99))
-def test_cutting_a_pair_is_cutting_its_product(out: int, inputs: int, inner: int, rank: int, seed: int) -> None:
+def test_cutting_a_pair_is_cutting_its_product(
+    out: int, inputs: int, inner: int, rank: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     up = torch.randn(out, inner, generator=generator, dtype=torch.float64)
     down = torch.randn(inner, inputs, generator=generator, dtype=torch.float64)
@@ -148,7 +152,8 @@ def test_the_smallest_rank_is_the_first_within_the_error(values: list[float], bo
 
 
 EXACT = (
-    "lora", "vera", "lora-xs", "svfit", "uni-lora", "flora-tucker", "gralora", "hra", "lora/pissa", "lora/olora",
+    "lora", "vera", "lora-xs", "svfit", "uni-lora", "flora-tucker", "gralora", "hra", "lora/pissa",
+    "lora/olora",
 )  # fmt: skip
 
 

@@ -25,6 +25,12 @@ def written(path: Path, text: str, **options: bool) -> None:
         (folder / "b").write_text(text)
 
 
+def fails_in_the_middle(path: Path, error: type[BaseException], **options: bool) -> None:
+    with complete_folder(path, **options) as folder:
+        (folder / "a").write_text("half")
+        raise error
+
+
 def read(path: Path) -> set[str]:
     return {(path / name).read_text() for name in ("a", "b")}
 
@@ -39,9 +45,8 @@ def test_a_folder_appears_with_everything_that_was_written(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_an_error_in_the_middle_leaves_no_trace(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error), complete_folder(tmp_path / "new" / "folder") as folder:
-        (folder / "a").write_text("half")
-        raise error
+    with pytest.raises(error):
+        fails_in_the_middle(tmp_path / "new" / "folder", error)
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -52,9 +57,8 @@ def test_an_error_in_the_middle_leaves_the_old_folder(
     if not exchanges:
         monkeypatch.setattr(files, "_exchanged", lambda *_: False)
     written(tmp_path / "folder", "old")
-    with pytest.raises(RuntimeError), complete_folder(tmp_path / "folder", overwrite=True) as folder:
-        (folder / "a").write_text("new")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fails_in_the_middle(tmp_path / "folder", RuntimeError, overwrite=True)
     assert read(tmp_path / "folder") == {"old"}
     written(tmp_path / "folder", "new", overwrite=True)
     assert read(tmp_path / "folder") == {"new"}
@@ -170,11 +174,10 @@ def test_a_save_that_fails_while_overwriting_leaves_the_old_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved(tmp_path / "adapter")
-    before = contents(folder)
+    before, saved_again = contents(folder), adapted_blocks(points("dora")[0])
     with monkeypatch.context() as patched:
         patched.setattr(native, "write_json", lambda *_: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError, match="full"):
-            saved_again = adapted_blocks(points("dora")[0])
             rf.save(saved_again, folder, overwrite=True)
     assert contents(folder) == before
     rf.save(saved_again, folder, overwrite=True)

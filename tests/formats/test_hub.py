@@ -36,20 +36,28 @@ def test_an_id_is_fetched_with_its_revision_and_only_the_files_of_an_adapter(
     ((identity, options),) = calls
     assert (identity, options["revision"]) == ("somebody/adapter", "v2")
     assert {native.RECORD, native.TENSORS, "adapter_config.json"} <= set(options["allow_patterns"])
-    assert not any("*" in pattern or pattern.endswith((".bin", ".py")) for pattern in options["allow_patterns"])
+    assert not any(
+        "*" in pattern or pattern.endswith((".bin", ".py")) for pattern in options["allow_patterns"]
+    )
 
 
 def test_a_local_folder_goes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "somebody" / "adapter")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked")
+    )
     monkeypatch.chdir(tmp_path)
     rf.load(blocks(), "somebody/adapter")
 
 
 @pytest.mark.parametrize("path", ["no such folder", "a/b/c", "/a/b", "./a", "../a", "somebody"])
 def test_what_is_no_id_never_asks_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
-    with pytest.raises(MissingPath, match=f"there is no folder {re.escape(str(Path(path)))}|{re.escape(path)}"):
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked")
+    )
+    with pytest.raises(
+        MissingPath, match=f"there is no folder {re.escape(str(Path(path)))}|{re.escape(path)}"
+    ):
         rf.load(blocks(), path)
 
 

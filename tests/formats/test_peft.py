@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.errors import BaseMismatch, Incompatible, InvalidOption, NotDense, RankfoldError
+from rankfold.errors import BaseMismatch, Incompatible, NotDense, RankfoldError
 from rankfold.formats import peft as form
 from rankfold.formats.files import read_json
 from rankfold.layers import require
+
 
 def both_agree(name: str, model: nn.Module, folder: Path, **options: Any) -> rf.Report:
     """Assert that peft and Rankfold read an export as the model is."""
@@ -72,7 +73,7 @@ def test_peft_loads_an_exact_change_with_the_same_logits(
     assert report.largest_error == 0
 
 
-@pytest.mark.parametrize(("method", "options"), EXACT[:10:2] + [("hra", {"rank": 4})], ids=str)
+@pytest.mark.parametrize(("method", "options"), [*EXACT[:10:2], ("hra", {"rank": 4})], ids=str)
 def test_peft_loads_weights_that_are_stored_transposed(
     method: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -130,7 +131,9 @@ def test_the_head_that_was_trained_whole_goes_with_it(tmp_path: Path) -> None:
 
 def test_modules_trained_whole_deep_inside_go_with_it(tmp_path: Path) -> None:
     both_agree(
-        "llama", adapted("llama", rank=3, train=["model.layers.1.input_layernorm", "lm_head"]), tmp_path / "out"
+        "llama",
+        adapted("llama", rank=3, train=["model.layers.1.input_layernorm", "lm_head"]),
+        tmp_path / "out",
     )
 
 
@@ -158,8 +161,9 @@ def embeddings() -> nn.Module:
     return models.llama(initializer_range=0.3).eval()
 
 
-def test_embeddings_go_to_peft(tmp_path: Path) -> None:
-    model = rf.adapt(embeddings(), "lora", rank=3, alpha=5, targets=["embed_tokens", "q_proj"])
+@pytest.mark.parametrize("method", ["lora", "dora", "lora/pissa"])
+def test_embeddings_go_to_peft(method: str, tmp_path: Path) -> None:
+    model = rf.adapt(embeddings(), method, rank=3, alpha=5, targets=["embed_tokens", "q_proj"])
     perturb(model)
     rf.export(model, tmp_path / "out")
     agree(logits(in_peft(tmp_path / "out", embeddings()), "llama"), logits(model, "llama"))
@@ -240,7 +244,9 @@ def test_an_adapter_in_training_is_exported_as_it_evaluates(tmp_path: Path) -> N
         rf.export(model, tmp_path / f"{method}-evaluating")
         rf.export(model.train(), tmp_path / f"{method}-training")
         assert model.training
-        first, second = (load_file(tmp_path / f"{method}-{m}" / form.TENSORS) for m in ("evaluating", "training"))
+        first, second = (
+            load_file(tmp_path / f"{method}-{m}" / form.TENSORS) for m in ("evaluating", "training")
+        )
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -306,6 +312,9 @@ THEIRS: dict[str, Callable[[], Any]] = {
         r=4, target_modules=["q_proj"], init_lora_weights="orthogonal"
     ),
     "embeddings": lambda: peft.LoraConfig(r=3, lora_alpha=5, target_modules=["embed_tokens", "q_proj"]),
+    "dora of embeddings": lambda: peft.LoraConfig(
+        r=3, lora_alpha=5, use_dora=True, target_modules=["embed_tokens", "q_proj"]
+    ),
     "the output head": lambda: peft.LoraConfig(r=3, target_modules=["lm_head", "q_proj"]),
 }  # fmt: skip
 
@@ -329,7 +338,9 @@ def test_an_adapter_of_peft_loads_with_the_same_logits_and_goes_back(case: str, 
 def test_an_adapter_of_peft_for_transposed_weights_loads(kind: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
     config = (
-        peft.VeraConfig(r=4, **options) if kind == "vera" else peft.LoraConfig(r=3, use_dora=kind == "dora", **options)
+        peft.VeraConfig(r=4, **options)
+        if kind == "vera"
+        else peft.LoraConfig(r=3, use_dora=kind == "dora", **options)
     )
     model = theirs(sharp("gpt2"), config)
     model.save_pretrained(tmp_path / "theirs")
@@ -398,8 +409,13 @@ LOSSY: dict[str, tuple[str, Callable[[], Any]]] = {
         "moves the base at every load",
         lambda: peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="olora"),
     ),
-    "another method": ("type 'IA3'", lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
-    "prompts": ("type 'PREFIX_TUNING'", lambda: peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")),
+    "another method": (
+        "type 'IA3'", lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    ),
+    "prompts": (
+        "type 'PREFIX_TUNING'",
+        lambda: peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    ),
 }  # fmt: skip
 
 
@@ -520,13 +536,10 @@ def test_embeddings_whose_rows_were_trained_or_resized_are_refused(tmp_path: Pat
     refused(tmp_path, BaseMismatch, "holds a copy of model.embed_tokens with other numbers")
 
 
-def test_dora_of_an_embedding_is_another_map_in_peft_and_refused(tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=3, target_modules=["embed_tokens"], use_dora=True)
-    theirs(sharp("llama"), config).save_pretrained(tmp_path / "theirs")
-    refused(tmp_path / "theirs", Incompatible, "DoRA of an embedding scales columns")
-    ours = rf.adapt(sharp("llama"), "dora", rank=3, targets="embeddings")
-    with pytest.raises(InvalidOption, match="not of low rank"):
-        rf.export(ours, tmp_path / "ours")
+def test_dora_of_an_embedding_scales_its_columns_in_both(tmp_path: Path) -> None:
+    model = adapted("llama", "dora", rank=3, targets="embeddings")
+    perturb(model, 0.5, seed=11)
+    both_agree("llama", model, tmp_path)
 
 
 def test_an_attention_module_adapted_by_peft_is_refused(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ def numbers(draw: st.DrawFn, *shape: int) -> Tensor:
 @st.composite
 def layers(draw: st.DrawFn, dora: bool) -> tuple[str, tuple[int, ...], dict[str, Tensor], float]:
     """Return kind, window, leaves and alpha of a layer."""
-    kind = draw(st.sampled_from(["linear", "convolution"] if dora else ["linear", "convolution", "embedding"]))
+    kind = draw(
+        st.sampled_from(["linear", "convolution"] if dora else ["linear", "convolution", "embedding"])
+    )
     window = draw(WINDOWS) if kind == "convolution" else ()
     out, rank, inputs = draw(sizes), draw(ranks), draw(sizes) * math.prod(window)
     leaves = {"up": numbers(draw, out, rank), "down": numbers(draw, rank, inputs)}
@@ -45,7 +47,9 @@ def layers(draw: st.DrawFn, dora: bool) -> tuple[str, tuple[int, ...], dict[str,
 def adapters(draw: st.DrawFn) -> peft.PeftAdapter:
     """Return any adapter that the format can say."""
     word = st.from_regex(r"[a-z][a-z0-9_]{0,3}", fullmatch=True)
-    paths = draw(st.lists(st.lists(word, min_size=1, max_size=3).map(".".join), min_size=1, max_size=4, unique=True))
+    paths = draw(
+        st.lists(st.lists(word, min_size=1, max_size=3).map(".".join), min_size=1, max_size=4, unique=True)
+    )
     whole = {"head.weight": numbers(draw, 2, 3), "head.bias": numbers(draw, 2)} if draw(st.booleans()) else {}
     paths = [f"body.{path}" for path in paths]
     options = {"modules_to_save": ["head"]} if whole else {}
@@ -128,7 +132,9 @@ _LEAVES = [
     "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B",
     "base_layer.weight", "vera_lambda_b", "vera_lambda_d", "weight",
 ]  # fmt: skip
-_SHAPES = st.sampled_from([(), (0,), (2,), (12,), (2, 8), (12, 2), (8, 12), (2, 10), (2, 8, 1, 1), (12, 2, 1, 1)])
+_SHAPES = st.sampled_from(
+    [(), (0,), (2,), (12,), (2, 8), (12, 2), (8, 12), (2, 10), (2, 8, 1, 1), (12, 2, 1, 1)]
+)
 
 
 @settings(max_examples=150)

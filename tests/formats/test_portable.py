@@ -181,7 +181,9 @@ def test_targets_that_are_dotted_or_lack_a_weight(folder: Path) -> None:
 
 def test_convolutions(folder: Path) -> None:
     edit_config(folder, target_modules=[*read_json(folder / form.CONFIG)["target_modules"], "conv"])
-    change_tensors(folder, lambda t: t.update({"base_model.model.conv.lora_A.weight": torch.ones(3, 4, 3, 3)}))
+    change_tensors(
+        folder, lambda t: t.update({"base_model.model.conv.lora_A.weight": torch.ones(3, 4, 3, 3)})
+    )
     complains(folder, "conv.lora_A.weight has shape (3, 4, 3, 3); servers read linear layers only")
 
 
@@ -285,7 +287,7 @@ def test_the_two_factors_alone_say_the_change(good: Path) -> None:
 
 def test_what_the_portable_form_cannot_hold_is_refused(tmp_path: Path) -> None:
     embedding = adapted("llama", rank=3, targets=["embed_tokens"])
-    with pytest.raises(Incompatible, match="model.embed_tokens: servers read LoRA of linear layers only"):
+    with pytest.raises(Incompatible, match=r"model\.embed_tokens: servers read LoRA of linear layers only"):
         rf.export(embedding, tmp_path / "out", "portable")
     with pytest.raises(Incompatible, match="fan_in_fan_out unset, which transformers' Conv1D layers need"):
         rf.export(adapted("gpt2", rank=3), tmp_path / "out", "portable")
@@ -297,7 +299,7 @@ def test_what_the_portable_form_cannot_hold_is_refused(tmp_path: Path) -> None:
 
 def test_modules_trained_whole_are_dropped_only_when_asked_and_reported(tmp_path: Path) -> None:
     model = adapted("bert", rank=3)
-    with pytest.raises(Incompatible, match="classifier.bias, which was trained whole; pass drop_whole=True"):
+    with pytest.raises(Incompatible, match=r"classifier\.bias, which was trained whole; pass drop_whole"):
         rf.export(model, tmp_path / "out", "portable")
     report = rf.export(model, tmp_path / "out", "portable", drop_whole=True)
     assert report.dropped == ["classifier.bias", "classifier.weight"]

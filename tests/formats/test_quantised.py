@@ -36,7 +36,9 @@ def nf4(seed: int = 0) -> nn.Sequential:
     model = plain(seed)
     for name, layer in list(model.named_children()):
         if isinstance(layer, nn.Linear):
-            made = bnb.nn.Linear4bit(64, 64, layer.bias is not None, compute_dtype=torch.float32, quant_type="nf4")
+            made = bnb.nn.Linear4bit(
+                64, 64, layer.bias is not None, compute_dtype=torch.float32, quant_type="nf4"
+            )
             made.load_state_dict(layer.state_dict())
             setattr(model, name, made.to("cpu"))
     return model.eval()
@@ -87,7 +89,9 @@ def test_another_quantised_base_is_refused(base: Callable[..., nn.Sequential], t
     assert list(other.modules()) == modules
 
 
-def test_an_adapter_of_a_quantised_base_is_exported(base: Callable[..., nn.Sequential], tmp_path: Path) -> None:
+def test_an_adapter_of_a_quantised_base_is_exported(
+    base: Callable[..., nn.Sequential], tmp_path: Path
+) -> None:
     model = disturbed(rf.adapt(base(), "lora/pissa", rank=4), size=0.1)
     for format in ("peft", "portable"):
         assert rf.export(model, tmp_path / format, format).exact

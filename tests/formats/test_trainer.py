@@ -31,6 +31,12 @@ POINTS: dict[str, dict[str, Any]] = {
 }
 
 
+BEST: dict[str, Any] = {
+    "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4,
+    "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
+}  # fmt: skip
+
+
 def rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
     drawn = torch.randint(3, VOCABULARY, (count, 8), generator=torch.Generator().manual_seed(seed)).tolist()
     return [{"input_ids": ids, "labels": ids} for ids in drawn]
@@ -46,8 +52,9 @@ def trainer(model: nn.Module, folder: Path, **options: Any) -> hf.Trainer:
     arguments = hf.TrainingArguments(
         output_dir=str(folder),
         **{
-            "max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "use_cpu": True,
-            "report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "seed": 5, **options,
+            "max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+            "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "seed": 5,
+            **options,
         },
     )  # fmt: skip
     return hf.Trainer(model, arguments, train_dataset=rows(12), eval_dataset=rows(4, seed=1))
@@ -100,9 +107,8 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(method: str, tmp_path: 
 def test_the_best_model_is_loaded_at_the_end(method: str, tmp_path: Path) -> None:
     model = fresh(method)
     run = trainer(
-        model, tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1, max_steps=4, load_best_model_at_end=True,
-        metric_for_best_model="eval_loss", learning_rate=0.3, greater_is_better=method in ("vera", "uni-lora"),
-    )  # fmt: skip
+        model, tmp_path, **BEST, learning_rate=0.3, greater_is_better=method in ("vera", "uni-lora")
+    )
     run.train()
     best = Path(run.state.best_model_checkpoint)
     last = rf.load(sharp_base(), tmp_path / "checkpoint-4")
@@ -163,10 +169,7 @@ def test_a_plain_module_resumes_with_the_same_weights(method: str, tmp_path: Pat
 
 def test_a_plain_module_loads_its_best_state_at_the_end(tmp_path: Path) -> None:
     model = rf.adapt(Plain(), "dora", rank=3, targets="body")
-    run = trainer(
-        model, tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1, max_steps=4, load_best_model_at_end=True,
-        metric_for_best_model="eval_loss", learning_rate=3.0,
-    )  # fmt: skip
+    run = trainer(model, tmp_path, **BEST, learning_rate=3.0)
     run.train()
     assert Path(run.state.best_model_checkpoint).name != "checkpoint-4"
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, rel=1e-5)
@@ -178,9 +181,7 @@ def test_a_plain_module_loads_its_best_state_at_the_end(tmp_path: Path) -> None:
 def test_save_pretrained_writes_what_load_reads(tmp_path: Path) -> None:
     model = adapted("llama", "dora", rank=3)
     model.save_pretrained(tmp_path / "out", safe_serialization=True, max_shard_size="1GB")
-    assert torch.equal(
-        logits(rf.load(sharp("llama"), tmp_path / "out"), "llama"), logits(model, "llama")
-    )
+    assert torch.equal(logits(rf.load(sharp("llama"), tmp_path / "out"), "llama"), logits(model, "llama"))
     model.save_pretrained(tmp_path / "not main", is_main_process=False)
     assert not (tmp_path / "not main").exists()
 
@@ -200,7 +201,7 @@ def test_save_pretrained_refuses_several_adapters_and_none(tmp_path: Path) -> No
         model.save_pretrained(tmp_path / "out")
     with rf.disabled(model), pytest.raises(InvalidOption, match=r"\[\] are active"):
         model.save_pretrained(tmp_path / "out")
-    with pytest.raises(InvalidOption, match="rankfold.save"):
+    with pytest.raises(InvalidOption, match=r"rankfold\.save"):
         rf.use(model, "one").save_pretrained(tmp_path / "out", push_to_hub=True)
     assert list(tmp_path.iterdir()) == []
     model.save_pretrained(tmp_path / "out")
@@ -210,7 +211,7 @@ def test_save_pretrained_refuses_several_adapters_and_none(tmp_path: Path) -> No
 def test_an_adapter_is_never_put_beside_the_config_of_a_whole_model(tmp_path: Path) -> None:
     sharp("llama").save_pretrained(tmp_path / "base")
     before = (tmp_path / "base" / "model.safetensors").read_bytes()
-    with pytest.raises(OutputExists, match="holds the config.json of a whole model"):
+    with pytest.raises(OutputExists, match=r"holds the config\.json of a whole model"):
         adapted("llama", rank=3).save_pretrained(tmp_path / "base")
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
     (tmp_path / "file").write_text("")

@@ -108,8 +108,9 @@ def lora_layout(layer: Any, leaves: Mapping[str, Tensor]) -> Iterable[tuple[str,
     if "default" in layer.lora_embedding_A:
         yield "up", layer.lora_embedding_A["default"], Tensor.t
         yield "down", layer.lora_embedding_B["default"], Tensor.t
-        return
-    pairs = [("up", layer.lora_B["default"].weight), ("down", layer.lora_A["default"].weight)]
+        pairs = []
+    else:
+        pairs = [("up", layer.lora_B["default"].weight), ("down", layer.lora_A["default"].weight)]
     if "magnitude" in leaves:
         pairs.append(("magnitude", layer.lora_magnitude_vector["default"].weight))
     for name, theirs in pairs:

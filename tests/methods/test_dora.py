@@ -18,10 +18,11 @@ from methods._peft import DTYPES, HOSTS, assert_parity, lora_layout, twins
 from peft import LoraConfig
 from torch import Tensor
 
+import rankfold as rf
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-# Not on an embedding: peft normalises its columns, we the rows of every weight.
-@pytest.mark.parametrize("host", ["perceptron", "transposed", "convolution", "oblong", "llama"])
+@pytest.mark.parametrize("host", ["perceptron", "transposed", "convolution", "oblong", "llama", "embedding"])
 def test_outputs_and_gradients_are_pefts(host: str, dtype: torch.dtype) -> None:
     config = LoraConfig(r=3, lora_alpha=5, use_dora=True, fan_in_fan_out=host == "transposed")
     assert_parity(twins(HOSTS[host], dtype, "dora", config, lora_layout, rank=3, alpha=5))
@@ -31,6 +32,15 @@ def test_the_start_is_the_bases_output_and_the_lengths_its_rows() -> None:
     model, x = adapted("dora", rank=2, alpha=3), normal(5, 8)
     torch.testing.assert_close(leaves_of(model)["magnitude"].detach(), base(model).norm(dim=1))
     torch.testing.assert_close(model(x), linear()(x))
+
+
+def test_an_embedding_has_one_length_per_column() -> None:
+    model = rf.adapt(torch.nn.Sequential(torch.nn.Embedding(9, 4)), "dora", rank=2, targets="embeddings")
+    leaves = leaves_of(model)
+    assert leaves["magnitude"].shape == (4,)
+    leaves["up"].data.normal_()
+    lengths = expression_of(model).dense().detach().norm(dim=0)
+    torch.testing.assert_close(lengths, leaves["magnitude"].detach())
 
 
 def test_every_row_has_the_length_of_its_magnitude_at_all_times() -> None:

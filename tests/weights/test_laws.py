@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rankfold.weights import Dropped, Leaf, Normalized, Weight
+from rankfold.weights import ColumnNormalized, Dropped, Leaf, Normalized, Weight
 
 TOLERANCE = 1e-8
 
@@ -46,11 +46,12 @@ def sources(weight: Weight) -> list[Tensor]:
 
 
 def is_well_conditioned(weight: Weight) -> bool:
-    """Whether no row is normalised that cancellation has made tiny, where rounding is all that is left."""
+    """Whether no row or column is normalised that cancellation has made tiny, where rounding is all that is left."""
     with torch.no_grad():
         for module in weight.modules():
             if isinstance(module, Normalized):
-                norms = torch.linalg.vector_norm(module.direction.dense(), dim=1)
+                axis = 0 if isinstance(module, ColumnNormalized) else 1
+                norms = torch.linalg.vector_norm(module.direction.dense(), dim=axis)
                 if norms.numel() and bool((norms < 1e-3 * (1 + norms.max())).any()):
                     return False
     return True

@@ -217,6 +217,21 @@ def test_the_norm_is_a_constant_for_the_gradient_only_where_it_is_detached(detac
     assert close(actual, expected)
 
 
+def test_columns_are_brought_to_their_lengths() -> None:
+    base, magnitude = normal(4, 6), normal(6, seed=1)
+    up, down = trained(normal(4, 2, seed=2), "up"), trained(normal(2, 6, seed=3), "down")
+    expression = w.ColumnNormalized(w.frozen(base, "base") + up @ down, trained(magnitude, "m"))
+    matrix = base + up.tensor() @ down.tensor()
+    expected = magnitude * matrix / matrix.norm(dim=0)
+    x, ids = normal(3, 4, 6, seed=4), torch.tensor([2, 0])
+    assert close(expression.dense(), expected)
+    assert close(expression(x), x @ expected.T)
+    assert close(expression.rows(ids), expected[ids])
+    with torch.no_grad():
+        assert close(expression.rows(ids), expected[ids])
+        assert close(expression(x), x @ expected.T)
+
+
 def test_row_norms_are_those_of_the_product_that_is_never_formed() -> None:
     base, up, down = normal(5, 7), normal(5, 2, seed=1), normal(2, 7, seed=2)
     assert close(w.row_norms(base, (up, down)), (base + up @ down).norm(dim=1))

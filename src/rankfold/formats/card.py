@@ -37,7 +37,7 @@ def model_card(record: Mapping[str, Any], notes: Mapping[str, Any], library: str
 
 
 def _front_matter(record: Mapping[str, Any], name: str, library: str) -> str:
-    """Return what the hub reads; a base that is no hub name is left out, for the hub would refuse the card."""
+    """Return what the hub reads; it would refuse a base that is no hub name, so that is left out."""
     base = str(record["base"].get("name") or "")
     lines = [f"base_model: {json.dumps(base)}"] if _HUB_NAME.fullmatch(base) else []
     lines += [f"library_name: {library}", "tags:", "- rankfold", f"- {name}"]

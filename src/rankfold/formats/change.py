@@ -12,7 +12,7 @@ Pair = tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def exact_change(expression: Weight) -> Pair | None:
-    """Return `(up, down)` with `expression = W0 + up @ down` exactly, or None where there is no small such pair.
+    """Return `(up, down)` with `expression = W0 + up @ down` exactly, or None where no such pair is small.
 
     Args:
         expression: of an adapted weight, in evaluation.

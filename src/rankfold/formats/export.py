@@ -50,14 +50,14 @@ def export(
 ) -> Report:
     """Write an adapter in another tool's form; the model is not changed.
 
-    Changes of low rank are written exactly (a residual start of rank r as plain LoRA of rank 2 r), others by their
-    best approximation, whose error is reported for every weight and never hidden.
+    Changes of low rank are written exactly (a residual start of rank r as plain LoRA of rank 2 r), others by
+    their best approximation, whose error is reported for every weight and never hidden.
 
     Args:
         model: an adapted model.
         path: the folder to write.
-        format: "peft" (LoRA, DoRA or VeRA as peft stores them), "portable" (the plain LoRA that every server reads
-            alike) or "dense" (a stock checkpoint with the change folded in).
+        format: "peft" (LoRA, DoRA or VeRA as peft stores them), "portable" (the plain LoRA that every server
+            reads alike) or "dense" (a stock checkpoint with the change folded in).
         name: of the adapter; None takes the only or the active one.
         rank: of the approximation; an exact change of higher rank is cut to it.
         max_error: largest relative Frobenius error of a weight's change, in (0, 1); chooses the rank.
@@ -210,7 +210,7 @@ def _method(adapter: Adapter) -> str:
 
 
 def kind_and_window(layer: StructuredLayer) -> tuple[str, tuple[int, ...]]:
-    """Return what peft's format calls a layer, linear, embedding or convolution, and the window of the last."""
+    """Return what peft's format calls a layer: linear, embedding or convolution; and the last's window."""
     if isinstance(layer, StructuredEmbedding):
         return "embedding", ()
     if isinstance(layer, StructuredConv):
@@ -264,7 +264,7 @@ def _lora_leaves(
 ) -> tuple[dict[str, Tensor], float, dict[str, Any]]:
     """Return the leaves of one layer on disk, its alpha, and the report's row."""
     normalised = direction_of(expression)
-    if normalised is not None and rank is None and max_error is None and not layer.looked_up:
+    if normalised is not None and rank is None and max_error is None:
         direction, magnitude = normalised
         pair = exact_change(direction)
         if pair is not None:
@@ -279,7 +279,7 @@ def _lora_leaves(
 
 
 def _single_pair(expression: Weight) -> Pair | None:
-    """Return the pair of an expression that is W0 plus one plain trained product, so that its alpha can be kept."""
+    """Return the pair of W0 plus one plain trained product, whose alpha can be kept; else None."""
     pairs, leaves = list(expression.pairs()), list(expression.leaves())
     if len(pairs) != 1 or pairs[0].gate is not None or len(pairs[0].up.shape) != 2 or len(leaves) != 3:
         return None

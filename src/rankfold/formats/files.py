@@ -88,7 +88,7 @@ def _exchanged(first: Path, second: Path) -> bool:
 
 @contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path`; the file written there takes its place when the block ends without an error.
+    """Yield a path beside `path`; what is written there takes its place if the block ends without an error.
 
     A link in its place is replaced, never written through.
     """

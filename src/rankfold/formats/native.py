@@ -1,8 +1,9 @@
 """The native form of an adapter: a folder of `rankfold.json`, `rankfold.safetensors` and a model card.
 
-The JSON holds the recipe, ranks, seed, versions, the base's name and revision, a cheap fingerprint of the base, the
-hash of the tensor file and its own. Tensor names are `<module path>:<leaf>`, `shared:<key>` for what layers share, and
-`whole:<parameter>` for modules trained whole; they never depend on a position in an expression.
+The JSON holds the recipe, ranks, seed, versions, the base's name and revision, a cheap fingerprint of the
+base, the hash of the tensor file and its own. Tensor names are `<module path>:<leaf>`, `shared:<key>` for
+what layers share, and `whole:<parameter>` for modules trained whole; they never depend on a position in an
+expression.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ FORMAT_VERSION = 1
 RECORD, TENSORS = "rankfold.json", "rankfold.safetensors"
 CHECKPOINT_TENSORS = "model.safetensors"  # the name that trainers look for
 _SAMPLES = 8
-# Of the root mean square, over all weights and for any one of them: quantised and half-precision copies of a base
-# pass, other bases do not.
+# Of the root mean square, over all weights and for any one of them: quantised and half-precision copies of a
+# base pass, other bases do not.
 _TOLERANCE, _TOLERANCE_OF_ONE = 0.3, 0.6
 
 

@@ -1,7 +1,7 @@
 """The peft adapter format: LoRA, DoRA and VeRA, in and out.
 
-One map per layer kind says which leaf has which name and shape on disk; it is read in both directions, so writing
-and reading cannot drift apart.
+One map per layer kind says which leaf has which name and shape on disk; it is read in both directions, so
+writing and reading cannot drift apart.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ _LEAVES = {
 }
 _LEAVES["convolution"] = _LEAVES["linear"]
 _SHARED = {"up": "base_model.vera_B", "down": "base_model.vera_A"}
-# The fields that say nothing of the tensors' meaning, or that are read. Any other field, also one of a later version,
-# must be unset, for what it says would be lost.
+# The fields that say nothing of the tensors' meaning, or that are read. Any other field, also one of a later
+# version, must be unset, for what it says would be lost.
 _HARMLESS = {
-    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_core",
-    "qalora_group_size", "init_lora_weights", "init_weights", "eva_config", "corda_config", "lora_ga_config",
-    "ensure_weight_tying", "runtime_config", "projection_prng_key", "save_projection", "vera_dropout", "d_initial",
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora",
+    "use_dora", "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "fan_in_fan_out", "megatron_core", "qalora_group_size", "init_lora_weights",
+    "init_weights", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying", "runtime_config",
+    "projection_prng_key", "save_projection", "vera_dropout", "d_initial",
 }  # fmt: skip
 _UNSET: tuple[Any, ...] = (None, False, "none", [], {})
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -200,13 +201,13 @@ def _refuse_lost_features(settings: Mapping[str, Any], folder: Path) -> None:
     start = settings.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(_MOVES_BASE):
         raise Incompatible(
-            f"{folder} was started by {start}, which moves the base at every load; convert it first with peft's "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            f"{folder} was started by {start}, which moves the base at every load; convert it first with "
+            "peft's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
 
 
 def assemble(settings: Mapping[str, Any], found: Mapping[str, Tensor]) -> PeftAdapter:
-    """Return the adapter that a configuration and its tensors on disk mean: the inverse of `config` and `tensors`.
+    """Return what a configuration and its tensors on disk mean: the inverse of `config` and `tensors`.
 
     Raises:
         FormatError: they do not belong together; the sentence goes on after the folder's name.
@@ -242,9 +243,9 @@ def _place(name: str, value: Tensor, kind: str) -> tuple[str, str, str] | None:
 
 
 def _take_leaf(adapter: PeftAdapter, path: str, leaf: str, kind: str, value: Tensor) -> None:
-    if leaf != "magnitude" or kind == "convolution":
-        if adapter.kinds.setdefault(path, kind) != kind:
-            raise FormatError(f"holds tensors of {path} that belong to layers of two kinds")
+    tells = leaf != "magnitude" or kind == "convolution"
+    if tells and adapter.kinds.setdefault(path, kind) != kind:
+        raise FormatError(f"holds tensors of {path} that belong to layers of two kinds")
     if kind == "convolution" and leaf == "down":
         adapter.windows[path] = tuple(value.shape[2:])
     adapter.layers.setdefault(path, {})[leaf] = from_disk(leaf, value, kind)

@@ -1,7 +1,7 @@
 """The plain LoRA that every server reads alike.
 
-Scale folded into B, alpha = r, one rank for all weights (zero-padded), no patterns, no flags, no tensors beside A
-and B of linear layers, explicit last names as targets.
+Scale folded into B, alpha = r, one rank for all weights (zero-padded), no patterns, no flags, no tensors
+beside A and B of linear layers, explicit last names as targets.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "use_rslora": (False, None), "use_dora": (False, None), "bias": ("none", None),
     "lora_bias": (False, None), "modules_to_save": (None, []), "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}), "layer_replication": (None, []), "use_qalora": (False, None),
-    "use_bdlora": (False, None), "alora_invocation_tokens": (None, []), "trainable_token_indices": (None, [], {}),
+    "use_bdlora": (False, None), "alora_invocation_tokens": (None, []),
+    "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []), "layers_to_transform": (None, []), "fan_in_fan_out": (False, None),
     "init_lora_weights": (True, None), "exclude_modules": (None, []), "arrow_config": (None,),
-    "kasa_config": (None,), "velora_config": (None,), "monteclora_config": (None,), "megatron_config": (None,),
-    "ensure_weight_tying": (False, None), "loftq_config": (None, {}),
+    "kasa_config": (None,), "velora_config": (None,), "monteclora_config": (None,),
+    "megatron_config": (None,), "ensure_weight_tying": (False, None), "loftq_config": (None, {}),
 }  # fmt: skip
 
 

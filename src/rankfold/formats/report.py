@@ -14,9 +14,10 @@ class Report:
     Attributes:
         format: "peft", "portable" or "dense".
         path: the folder.
-        rows: per weight: its path `weight`, the `rank` written, whether it is `exact`, and the relative Frobenius
-            `error` of the change.
-        dropped: names of tensors that the format cannot hold and that were left out because that was asked for.
+        rows: per weight: its path `weight`, the `rank` written, whether it is `exact`, and the relative
+            Frobenius `error` of the change.
+        dropped: names of tensors that the format cannot hold and that were left out because that was asked
+            for.
     """
 
     format: str

@@ -39,7 +39,8 @@ def describe(adaptation: Adaptation, name: str) -> dict[str, Any]:
 class Checkpoints:
     """What `save_pretrained` and `load_state_dict` do on an adapted model.
 
-    A checkpoint of an adapted model is the adapter: it can be loaded with `rankfold.load`, trainers resume from
+    A checkpoint of an adapted model is the adapter: it can be loaded with `rankfold.load`, trainers resume
+        from
     it, and it can never be taken for a whole model with weights missing.
     """
 
@@ -62,8 +63,8 @@ class Checkpoints:
 
         Raises:
             InvalidOption: no adapter is active or several are, or `push_to_hub` is asked for.
-            OutputExists: there is a file, or the folder holds the `config.json` of a whole model, with which the
-                adapter's tensors would be taken for that model's.
+            OutputExists: there is a file, or the folder holds the `config.json` of a whole model, with which
+                the adapter's tensors would be taken for that model's.
         """
         adaptation = require(self._model[0])
         if len(adaptation.active) != 1:
@@ -101,6 +102,6 @@ def _refuse_whole_model(folder: Path) -> None:
         raise OutputExists(f"{folder} is a file, not a folder")
     if (folder / "config.json").exists():
         raise OutputExists(
-            f"{folder} holds the config.json of a whole model, and an adapter beside it would be taken for that "
-            "model's weights; choose another folder, or rankfold.fold(model) first for a whole checkpoint"
+            f"{folder} holds the config.json of a whole model, and an adapter beside it would be taken for "
+            "that model's weights; choose another folder, or rankfold.fold(model) for a whole checkpoint"
         )

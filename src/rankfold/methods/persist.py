@@ -27,9 +27,11 @@ from .prepare import Prepared, install, prepare
 from .recipe import Recipe, resolve
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# All that is fetched from a hub repository, which may hold much more; the last is written by `rankfold adapt`.
+# All that is fetched from a hub repository, which may hold much more; the last is written by `rankfold
+# adapt`.
 _HUB_FILES = [
-    native.RECORD, native.TENSORS, native.CHECKPOINT_TENSORS, peft.CONFIG, peft.TENSORS, "README.md", "config.yaml",
+    native.RECORD, native.TENSORS, native.CHECKPOINT_TENSORS, peft.CONFIG, peft.TENSORS, "README.md",
+    "config.yaml",
 ]  # fmt: skip
 _ANY_FILE_HOLDS = 2**16
 
@@ -43,7 +45,7 @@ def save(
     push_to_hub: bool | str = False,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an adapter to a folder: `rankfold.json`, `rankfold.safetensors` and a model card, no copy of the base.
+    """Write an adapter to a folder: `rankfold.json`, `rankfold.safetensors`, a model card; never the base.
 
     The folder appears complete or not at all, and equal adapters give equal bytes.
 
@@ -256,14 +258,12 @@ def _check_peft_layer(path: str, adapter: peft.PeftAdapter, layer: StructuredLay
         raise BaseMismatch(f"{path} is adapted as {kind} in the file, and is no such layer here")
     if layer.op.groups > 1:
         raise Incompatible(f"{path}: peft's LoRA of a grouped convolution is another map")
-    if kind == "embedding" and "magnitude" in leaves:
-        raise Incompatible(f"{path}: peft's DoRA of an embedding scales columns, Rankfold's rows")
     if "up" in leaves:
         native.check_shape(path, layer, (leaves["up"].shape[0], leaves["down"].shape[1]))
     base = adapter.bases.get(path)
     if base is not None and not _same_numbers(base, layer.stored()):
         raise BaseMismatch(
-            f"the file holds a copy of {path} with other numbers than here: its vocabulary was changed or trained"
+            f"the file holds a copy of {path} with other numbers than here: it was resized or trained"
         )
 
 

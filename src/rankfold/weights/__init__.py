@@ -1,6 +1,7 @@
 """The weight language: every weight is an expression over a few structured linear maps."""
 
 from .composites import (
+    ColumnNormalized,
     Composite,
     Dropped,
     Hadamard,
@@ -34,6 +35,7 @@ __all__ = [
     "LINEAR",
     "Base",
     "BlockDiagonal",
+    "ColumnNormalized",
     "Composite",
     "Convolution",
     "Count",

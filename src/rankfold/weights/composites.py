@@ -764,6 +764,44 @@ class Normalized(Composite[tuple[Split, Tensor]]):
         return f"{self.magnitude.formula()} normalize({self.direction.formula()})"
 
 
+class ColumnNormalized(Normalized):
+    """`V diag(m / n)`: every column of the direction V brought to a trained length m.
+
+    This is the normalised form of an embedding, whose outputs are its columns; m and n are (in,).
+    """
+
+    def norm(self) -> Tensor:
+        """Return the column norms of the direction, (in,), in float32 or better."""
+        split = self._split()
+        if split.base is None or split.others:
+            dense = self.direction.dense()
+            norms: Tensor = torch.linalg.vector_norm(dense, dim=0, dtype=at_least_float32(dense))
+            return norms
+        pair = split.pair()
+        return row_norms(split.base.T, None if pair is None else (pair[1].T, pair[0].T))
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        return self.direction.dense() * self.ratio()
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Scale every input channel and apply the direction."""
+        if op is not LINEAR:
+            return op.apply(x, self.dense().to(x.dtype), bias)
+        y: Tensor = self.direction(x * self.keep()[1].to(x.dtype), bias)
+        return y
+
+    map = forward
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows of the direction, their entries scaled."""
+        return self.direction.rows(ids) * self.keep()[1]
+
+    def formula(self) -> str:
+        """Return normalize_columns(direction) scaled by m."""
+        return f"normalize_columns({self.direction.formula()}) {self.magnitude.formula()}"
+
+
 def row_norms(base: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
     """Return the row norms of `base + up @ down` without forming the product.
 

@@ -5,14 +5,11 @@
 
 Liu et al. 2024. The norm is a constant for the gradient, as the paper's section 4.3 suggests; detach=False
 lets it take part, and then no gradient reaches V along its own rows. The bias is not scaled. Dropout acts on
-the input of B A only. Rank and alpha are LoRA's; the paper halves LoRA's rank at equal quality. Start: the
-base up to rounding.
-
-Deviation: an embedding, like every other weight, is normalised by rows, so m has one entry per token; peft
-normalises its columns.
+the input of B A only. Rank and alpha are LoRA's; the paper halves LoRA's rank at equal quality. An embedding
+is normalised by columns, m in R^dim, because they are its outputs. Start: the base up to rounding.
 """
 
-from ...weights import Normalized, Weight
+from ...weights import ColumnNormalized, Normalized, Weight
 from ..registry import near_base, structure
 from ..site import Site, scaling_of
 
@@ -38,7 +35,7 @@ def dora(
     dropout: float = 0.0,
     detach: bool = True,
 ) -> Weight:
-    """Return the row-normalised sum with a trained magnitude.
+    """Return the normalised sum with a trained magnitude.
 
     Args:
         site: the weight.
@@ -49,8 +46,8 @@ def dora(
         detach: leave the norm out of the gradient.
     """
     direction = site.base + site.low_rank(rank, scaling_of(alpha, rank, rank_stabilised), dropout)
-    magnitude = site.trained(site.zeros(site.shape[0]), "magnitude")
-    weight = Normalized(direction, magnitude, detach=detach)
+    kind, size = (ColumnNormalized, site.shape[1]) if site.looked_up else (Normalized, site.shape[0])
+    weight = kind(direction, site.trained(site.zeros(size), "magnitude"), detach=detach)
     if not site.blank:
         weight.magnitude.tensor().data.copy_(weight.norm().detach())
     return weight
