@@ -157,7 +157,7 @@ class WrongRows(Wrong):
 
 class WrongTranspose(Wrong):
     @property
-    def T(self) -> Weight:  # noqa: N802 - the transpose's name everywhere
+    def T(self) -> Weight:
         return WrongOutput(Dense(self.down.tensor().T, "a", trainable=True), frozen(self.up.tensor().T, "b"))
 
 

@@ -1,7 +1,8 @@
-"""Write docs/methods.md from what every method says of itself; `--check` only says whether it is up to date."""
+"""Write docs/methods.md from what every method says of itself; `--check` says whether it is up to date."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import rankfold as rf
 
@@ -9,9 +10,9 @@ PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 HEAD = """# The methods
 
 Written by `make docs` from what every method says of itself; do not edit it.
-Any structure goes with any initialiser that gives a start which it accepts; `rf.adapt` refuses the rest with a
-sentence. Options of a structure are keyword arguments of `rf.adapt`, and `--set structure.option=value` on the
-command line.
+Any structure goes with any initialiser that gives a start which it accepts; `rf.adapt` refuses the rest with
+a sentence. Options of a structure are keyword arguments of `rf.adapt`, and `--set structure.option=value` on
+the command line.
 """
 
 
@@ -45,11 +46,16 @@ def _section(method: rf.Method) -> str:
         method.doc.strip(),
         "```\n",
         f"- Before the first step: {method.start}.",
-        *([f"- Accepts a start that is {' or '.join(starts)}."] if (starts := method.traits.get("starts")) else []),
-        *([f"- Default rank: {rank}."] if (rank := method.traits.get("rank")) else []),
+        *[f"- Accepts a start that is {' or '.join(starts)}." for starts in _given(method, "starts")],
+        *[f"- Default rank: {rank}." for rank in _given(method, "rank")],
         *[f"- `{name}` = `{value!r}`" for name, value in method.options.items()],
     ]
     return "\n".join([*lines, ""])
+
+
+def _given(method: rf.Method, trait: str) -> list[Any]:
+    value = method.traits.get(trait)
+    return [value] if value else []
 
 
 def main() -> int:

@@ -34,4 +34,5 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     runnable = [block for block in blocks if "from_pretrained" not in block]
     assert runnable
     for block in runnable:
-        exec(compile(block, "README.md", "exec"), {})
+        result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr

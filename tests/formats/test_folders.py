@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -85,22 +84,20 @@ def test_a_folder_that_cannot_be_moved_in_place_leaves_the_old_one(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere two renames stand for the exchange")
-def test_a_reader_never_finds_a_mixture_or_nothing_while_a_folder_is_replaced(tmp_path: Path) -> None:
-    written(tmp_path / "folder", "0")
-    done, missing = threading.Event(), []
+def test_a_folder_is_replaced_in_one_step_and_never_moved_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "folder", "old")
+    rename = Path.replace
 
-    def watch() -> None:
-        while not done.is_set():
-            if not (tmp_path / "folder" / "a").exists():
-                missing.append(time.time())
+    def refuses_folders(path: Path, target: Path) -> Path:
+        assert path.is_file(), f"{path.name} is moved, and for a moment there is no folder"
+        return rename(path, target)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for count in range(200):
-        written(tmp_path / "folder", str(count), overwrite=True)
-    done.set()
-    watcher.join()
-    assert missing == []
+    monkeypatch.setattr(Path, "replace", refuses_folders)
+    written(tmp_path / "folder", "new", overwrite=True)
+    assert read(tmp_path / "folder") == {"new"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
 
 def test_a_folder_that_is_not_empty_is_only_replaced_when_asked(tmp_path: Path) -> None:

@@ -65,6 +65,13 @@ def test_a_base_of_which_one_weight_is_another_is_refused(folders: dict[str, Pat
     refuses(folders["dora"], BaseMismatch, "numbers of blocks.1.up are others", model)
 
 
+def test_a_base_of_which_every_weight_is_a_little_off_is_refused(folders: dict[str, Path]) -> None:
+    model = blocks()
+    for parameter in model.parameters():
+        parameter.data *= 1.5
+    refuses(folders["dora"], BaseMismatch, "its weights' numbers are not those here", model)
+
+
 def test_a_base_of_other_shapes_is_refused(folders: dict[str, Path]) -> None:
     model = blocks()
     model.blocks[0].up = nn.Linear(8, 13)
@@ -173,6 +180,11 @@ def test_a_record_cannot_name_a_file_elsewhere(adapter: Path, file: Any) -> None
     refuses(adapter, FormatError, "does not name its tensor file")
 
 
+def test_a_record_without_the_hash_of_its_tensors_is_refused(adapter: Path) -> None:
+    rewrite(adapter, lambda record: record["tensors"].pop("sha256"))
+    refuses(adapter, FormatError, "truncated or was changed")
+
+
 def test_a_link_to_another_file_is_refused(adapter: Path) -> None:
     other = adapter.parent / "other.safetensors"
     save_file({"x": torch.ones(3)}, other)
@@ -222,7 +234,7 @@ def test_a_tensor_too_few_too_many_or_of_another_shape_is_refused(
 @pytest.mark.parametrize("rank", [0, -1, 10**9, 2**40, True, 2.0, "2", None, [2]])
 def test_an_impossible_rank_is_refused(adapter: Path, rank: Any) -> None:
     rewrite(adapter, lambda record: record["ranks"].update(dict.fromkeys(record["ranks"], rank)))
-    refuses(adapter, RankfoldError, ".")
+    refuses(adapter, FormatError, "not consistent" if rank is None else "the impossible rank")
 
 
 @pytest.mark.parametrize("number", [float("inf"), -1.0, 10**400, "1", None, True])

@@ -46,7 +46,7 @@ def sources(weight: Weight) -> list[Tensor]:
 
 
 def is_well_conditioned(weight: Weight) -> bool:
-    """Whether no row or column is normalised that cancellation has made tiny, where rounding is all that is left."""
+    """Whether no row or column is normalised that cancellation left with little but rounding."""
     with torch.no_grad():
         for module in weight.modules():
             if isinstance(module, Normalized):

@@ -27,11 +27,10 @@ def exact_change(expression: Weight) -> Pair | None:
     terms = list(expression.parts())
     if not isinstance(terms[0], Base) or terms[0].inner is not None:
         return None
-    pairs = [_pair(term) for term in terms[1:]]
-    if any(pair is None for pair in pairs):
+    pairs = [pair for pair in map(_pair, terms[1:]) if pair is not None]
+    if len(pairs) < len(terms) - 1:
         return None
-    ups, downs = zip(*pairs, strict=True)  # type: ignore[arg-type]
-    return torch.cat(ups, 1), torch.cat(downs, 0)
+    return torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs], 0)
 
 
 def _pair(term: Weight) -> Pair | None:
@@ -57,7 +56,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _product_pair(product: Product) -> Pair:
     """Multiply a product out from its ends to its narrowest place."""
-    factors: list[Weight] = list(product.factors)  # type: ignore[arg-type]
+    factors: list[Weight] = list(product.factors)
     inner = [factor.shape[1] for factor in factors[:-1]]
     cut = len(inner) - inner[::-1].index(min(inner))
     return _chained(factors[:cut]), _chained(factors[cut:])
@@ -95,10 +94,12 @@ def _grid_pair(grid: Grid) -> Pair:
 def _reflected(product: Product) -> Pair | None:
     """W0 H - W0 = -(W0 V) T V^T."""
     base, *rest = list(product.factors)
-    if len(rest) != 1 or not isinstance(rest[0], Reflections) or base.inner is not None:
+    if len(rest) != 1 or not isinstance(rest[0], Reflections):
+        return None
+    if not isinstance(base, Base) or base.inner is not None:
         return None
     unit, core = rest[0].compact()
-    return -(base.dense().to(unit.dtype) @ unit) @ core, unit.T  # type: ignore[operator]
+    return -(base.dense().to(unit.dtype) @ unit) @ core, unit.T
 
 
 def direction_of(expression: Weight) -> tuple[Weight, Tensor] | None:

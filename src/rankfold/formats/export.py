@@ -272,7 +272,7 @@ def _lora_leaves(
             return leaves, float(pair[0].shape[1]), _row(path, pair[0].shape[1])
     single = _single_pair(expression) if rank is None and max_error is None else None
     if single is not None:
-        up, down = single.up.tensor().detach(), single.down.tensor().detach()  # type: ignore[attr-defined]
+        up, down = single.up.dense().detach(), single.down.dense().detach()
         return {"up": up, "down": down}, single.scale * down.shape[0], _row(path, down.shape[0])
     pair, row = change_of(path, expression, layer, rank, max_error)
     return {"up": pair[0], "down": pair[1]}, float(pair[0].shape[1]), row

@@ -78,7 +78,7 @@ def to_disk(leaf: str, value: Tensor, kind: str, window: Sequence[int] = ()) -> 
     if kind == "embedding" and leaf in ("up", "down"):
         return value.T
     if kind == "convolution" and leaf == "down":
-        return value.unflatten(1, (-1, *window))
+        return value.reshape(len(value), -1, *window)
     if kind == "convolution" and leaf == "up":
         return value.reshape(*value.shape, *(1,) * len(window))
     if kind == "convolution":

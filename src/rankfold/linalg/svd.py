@@ -19,8 +19,8 @@ def truncated_svd(
         generator: for the randomised one; drawn from on the CPU.
 
     Returns:
-        U (m, rank), S (rank,), V^T (rank, n). Signs are fixed so that the largest entry of every column of U is
-        positive.
+        U (m, rank), S (rank,), V^T (rank, n). Signs are fixed so that the largest entry of every column of
+        U is positive.
 
     Raises:
         ValueError: rank is not in 1..min(m, n).
@@ -49,7 +49,7 @@ def truncated_svd(
 def range_finder(
     matrix: Tensor, columns: int, *, iterations: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return an orthonormal basis (m, columns) close to the leading left singular subspace of a matrix (m, n).
+    """Return an orthonormal basis (m, columns) near the leading left singular subspace of a matrix (m, n).
 
     Args:
         matrix: (m, n).
