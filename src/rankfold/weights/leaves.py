@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -125,6 +127,19 @@ class Base(Leaf):
     def formula(self) -> str:
         """Return `W0` and its shape, or the formula that stands in its place."""
         return super().formula() if self.inner is None else self.inner.bracketed()
+
+
+@contextlib.contextmanager
+def standing(order: Sequence[tuple[Base, Weight | None]]) -> Iterator[None]:
+    """Within the block, the given expressions stand in the bases' places."""
+    before = [(base, base.below()) for base, _ in order]
+    for base, below in order:
+        base.stand_on(below)
+    try:
+        yield
+    finally:
+        for base, below in before:
+            base.stand_on(below)
 
 
 class Foreign(Base):

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .kernels import applied
+from .leaves import Base, Dense, standing
 from .op import autocast_dtype
 from .weight import Leaf, Weight, substituted
 
 
 class _Materialised(torch.autograd.Function):
-    """y = x dense()^T + bias, keeping x and the leaves."""
+    """y = x dense()^T + bias, keeping x and the leaves, and which adapters stand on which."""
 
     @staticmethod
     def forward(
@@ -23,6 +24,7 @@ class _Materialised(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.expression, ctx.leaves = expression, leaves
+        ctx.stand = [(leaf, leaf.below()) for leaf in expression.sources() if isinstance(leaf, Base)]
         return F.linear(x, expression.dense().to(x.dtype), bias)
 
     @staticmethod
@@ -32,7 +34,7 @@ class _Materialised(torch.autograd.Function):
         flat, needs = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
         with torch.enable_grad():
             wanted = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs[4:], strict=True)]
-            with substituted(ctx.leaves, wanted):
+            with standing(ctx.stand), substituted(ctx.leaves, wanted):
                 matrix = ctx.expression.dense().to(x.dtype)
         grad_x = (flat @ matrix.detach()).view(x.shape) if needs[0] else None
         trained = [t for t in wanted if t.requires_grad]
@@ -49,8 +51,9 @@ def materialised_linear(expression: Weight, x: Tensor, bias: Tensor | None) -> T
     """
     dtype = autocast_dtype(x)
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    leaves = [leaf for leaf in expression.sources() if leaf.tensor().requires_grad]
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not leaves:
+    leaves = [leaf for leaf in expression.sources() if type(leaf) in (Base, Dense) or leaf.trainable]
+    trained = any(leaf.trainable for leaf in leaves)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not trained:
         return F.linear(x, expression.dense().to(dtype), bias)
     tensors = [leaf.tensor() for leaf in leaves]
     return applied(_Materialised, x, bias, expression, leaves, *tensors)
