@@ -10,7 +10,7 @@ def stacked() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16)).double()
     rf.adapt(model, "lora", rank=2, name="below")
-    rf.adapt(model, "diablo", blocks=4, name="above")
+    rf.adapt(model, "diablo", blocks=1, name="above")
     rf.use(model, ["below", "above"])
     for parameter in model.parameters():
         if parameter.requires_grad:
