@@ -129,6 +129,16 @@ class Base(Leaf):
         return super().formula() if self.inner is None else self.inner.bracketed()
 
 
+def stack(expression: Weight) -> Iterator[tuple[Base, Weight | None]]:
+    """Yield every base of an expression and of those below it, with what stands in its place."""
+    for leaf in expression.leaves():
+        if isinstance(leaf, Base):
+            below = leaf.below()
+            yield leaf, below
+            if below is not None:
+                yield from stack(below)
+
+
 @contextlib.contextmanager
 def standing(order: Sequence[tuple[Base, Weight | None]]) -> Iterator[None]:
     """Within the block, the given expressions stand in the bases' places."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .kernels import applied
-from .leaves import Base, Dense, standing
+from .leaves import Base, Dense, stack, standing
 from .op import autocast_dtype
 from .weight import Leaf, Weight, substituted
 
@@ -24,7 +24,7 @@ class _Materialised(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.expression, ctx.leaves = expression, leaves
-        ctx.stand = [(leaf, leaf.below()) for leaf in expression.sources() if isinstance(leaf, Base)]
+        ctx.stand = list(stack(expression))
         return F.linear(x, expression.dense().to(x.dtype), bias)
 
     @staticmethod
