@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import BaseMismatch, FormatError, MissingPath
 from ..layers import Adaptation, StructuredLayer, kind_of
+from ..weights.kernels import at_least_float32
 from . import card
 from .files import (
     complete_folder,
@@ -140,7 +141,9 @@ def _fingerprint(layer: StructuredLayer) -> dict[str, Any]:
 
 
 def _root_mean_square(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float32)) / math.sqrt(max(1, matrix.numel()))
+    return float(torch.linalg.vector_norm(matrix, dtype=at_least_float32(matrix))) / math.sqrt(
+        max(1, matrix.numel())
+    )
 
 
 def _sample(matrix: Tensor) -> list[float]:

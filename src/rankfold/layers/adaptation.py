@@ -192,6 +192,13 @@ class Adaptation:
                 raise Incompatible(
                     f"adapters {same} all {stage} the weight, and two such changes have no joint meaning"
                 )
+        gated = [a.name for a in chosen if a.gate_keys and a.stage == "add"]
+        lengths = [a.name for a in chosen if a.stage == "normalise"]
+        if gated and lengths:
+            raise Incompatible(
+                f"{lengths[0]!r} normalises the weight and {gated[0]!r} changes it for some tokens only, so "
+                "the length of its rows would differ from token to token"
+            )
         whole = [a.name for a in chosen if a.values]
         if len(whole) > 1:
             raise Incompatible(

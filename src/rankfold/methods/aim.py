@@ -38,6 +38,8 @@ def chosen_targets(
     wanted = traits["targets"] if targets is None else targets
     if traits["activations"]:
         return _activation_targets(model, wanted)
+    if wanted == "blocks":
+        raise UnknownTarget(f"{resolved.structure.name} changes weights, and blocks are outputs of modules")
     found = find_targets(model, wanted)
     if is_preset(wanted):
         found = [t for t in found if not any(inside([t], path) for path in trained)] or found

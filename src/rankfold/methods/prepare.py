@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidOption, UnsupportedLayer
+from ..errors import Incompatible, InvalidOption, UnsupportedLayer
 from ..layers import (
     Adaptation,
     Adapter,
@@ -85,6 +86,8 @@ def prepare(
     """
     existing = adaptation_of(model)
     _check_name(name, existing)
+    _check_seed(seed)
+    _refuse_nested(model, existing)
     adaptation = existing or Adaptation(model)
     trained = find_modules(model, train)
     lenders, borrowers = follow_ties(model, chosen_targets(model, resolved, targets, trained), resolved)
@@ -140,9 +143,36 @@ def _refuse_layers(layers: Mapping[str, StructuredLayer], weights: Mapping[str, 
 def _check_name(name: str, existing: Adaptation | None) -> None:
     if not _NAME.fullmatch(name):
         raise InvalidOption(f"an adapter's name has letters, digits, '-' and '_' only, not {name!r}")
+    if hasattr(nn.ModuleDict(), name):
+        raise InvalidOption(
+            f"{name!r} cannot be an adapter's name, because modules have an attribute of that name"
+        )
     if existing is not None and name in existing.adapters:
         raise InvalidOption(
             f"the model already holds an adapter {name!r}; choose another name or remove it first"
+        )
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
+        raise InvalidOption(f"seed must be a whole number, not {seed!r}")
+    try:
+        operator.index(seed)
+    except TypeError:
+        raise InvalidOption(f"seed must be a whole number, not {seed!r}") from None
+
+
+def _refuse_nested(model: nn.Module, existing: Adaptation | None) -> None:
+    """Refuse a model of which a part, or which as a part of another, holds an adapter already."""
+    parts = [path for path, part in model.named_modules() if path and adaptation_of(part) is not None]
+    if parts:
+        raise Incompatible(
+            f"the part {parts[0]!r} of the model holds an adapter; adapt that part, or remove it"
+        )
+    layers = [path for path, part in model.named_modules() if isinstance(part, StructuredLayer)]
+    if existing is None and layers:
+        raise Incompatible(
+            f"{layers[0]} is adapted already as a part of a larger model; adapt that model instead"
         )
 
 
@@ -186,8 +216,8 @@ def _place_of(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
 
 def _width(model: nn.Module, target: Target) -> int:
     config = getattr(model, "config", None)
-    found = [getattr(config, attribute, None) for attribute in ("hidden_size", "d_model", "n_embd", "dim")]
-    found.append(getattr(target.module, "out_features", None))
+    found = [getattr(target.module, "out_features", None)]
+    found += [getattr(config, attribute, None) for attribute in ("hidden_size", "d_model", "n_embd", "dim")]
     width = next((w for w in found if isinstance(w, int)), None)
     if width is None:
         raise UnsupportedLayer(
@@ -218,7 +248,8 @@ def _with_shared(site: Place, planned: Planned) -> Place:
 
 
 def _attribute(name: str, key: str) -> str:
-    return f"rankfold_{name.replace('-', '_')}_{key}"
+    plain = name.replace("_", "_u").replace("-", "_d")  # an attribute's name, and no two alike
+    return f"rankfold_{plain}_{key}"
 
 
 def _build(resolved: Resolved, site: Place, rank: int | None) -> Weight | Branch:

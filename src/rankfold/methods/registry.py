@@ -299,7 +299,8 @@ def get(axis: str, name: str) -> Method:
         known = [n for a, n in _METHODS if a == axis]
         elsewhere = [a for a, n in _METHODS if n == name]
         hint = f"; {name!r} is of the axis {elsewhere[0]}" if elsewhere else near_names(name, known)
-        raise UnknownMethod(f"no {axis} is called {name!r}{hint or '; known: ' + ', '.join(sorted(known))}")
+        listed = f"; known: {', '.join(sorted(known))}" if known else f"; there is no {axis} method yet"
+        raise UnknownMethod(f"no {axis} is called {name!r}{hint or listed}")
     return _METHODS[axis, name]
 
 
@@ -316,7 +317,9 @@ def find_method(query: str) -> Method:
     """
     load_all()
     axis, _, name = query.rpartition("=")
-    found = [m for m in methods() if query == m.arxiv or (m.name == name and axis in ("", m.axis))]
+    found = [
+        m for m in methods() if (query and query == m.arxiv) or (m.name == name and axis in ("", m.axis))
+    ]
     if not found:
         raise UnknownMethod(f"no method is called {query!r}{near_names(query, {m.name for m in methods()})}")
     return found[0]

@@ -126,7 +126,7 @@ class Base(Leaf):
 
     def formula(self) -> str:
         """Return `W0` and its shape, or the formula that stands in its place."""
-        return super().formula() if self.inner is None else self.inner.bracketed()
+        return f"W0[{'x'.join(map(str, self.shape))}]" if self.inner is None else self.inner.bracketed()
 
 
 def stack(expression: Weight) -> Iterator[tuple[Base, Weight | None]]:

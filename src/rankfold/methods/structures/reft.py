@@ -17,7 +17,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ...errors import InvalidOption
+from ...errors import InvalidOption, InvalidRank
 from ...layers import Branch, ModelInputs
 from ...weights import Gates
 from ..registry import not_base, structure
@@ -120,6 +120,10 @@ def reft(site: OutputSite, rank: int, *, positions: str = "f7+l7") -> Branch:
         positions: how many of the prompt's first and last tokens are edited, such as "f7+l7".
     """
     width = site.width
+    if rank > width:
+        raise InvalidRank(
+            f"{site.path}: rank {rank} is more than its {width} channels; choose rank <= {width}"
+        )
     frame = torch.linalg.qr(site.normal("frame", width, rank)).Q
     bound = 1 / math.sqrt(width)
     weight, bias = site.uniform("weight", rank, width, bound=bound), site.uniform("bias", rank, bound=bound)
