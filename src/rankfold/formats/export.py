@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +157,29 @@ def _write_peft(
     else:
         written = _as_lora(adaptation, expressions, report, rank, max_error)
     written.whole = {k: v.detach() for k, v in adaptation.whole(adapter.name).items()}
+    refuse_tied(adaptation.root, written.whole.keys())
     transposed = [isinstance(adaptation.layers[path], StructuredTransposedLinear) for path in expressions]
     written.options |= _options(adaptation) | {"fan_in_fan_out": any(transposed)}
     written.options |= _unambiguous(adaptation.root, list(expressions))
     if written.whole:
         written.options["modules_to_save"] = sorted({str(m) for m in adapter.record.get("train", ())})
     peft.write(folder, written)
+
+
+def refuse_tied(model: nn.Module, whole: Set[str]) -> None:
+    """Refuse a tensor trained whole that another module shares; peft unties the two at loading.
+
+    Raises:
+        Incompatible: there is one.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for key, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(key)
+    for key in sorted(whole & parameters.keys()):
+        others = [name for name in names[id(parameters[key])] if name != key]
+        if others:
+            raise Incompatible(f"{key}, trained whole, shares its tensor with {others[0]}; peft unties them")
 
 
 def _unambiguous(model: nn.Module, paths: list[str]) -> dict[str, Any]:

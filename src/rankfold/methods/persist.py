@@ -19,7 +19,7 @@ from ..errors import (
     RankfoldError,
 )
 from ..formats import native, peft
-from ..formats.export import kind_and_window
+from ..formats.export import kind_and_window, refuse_tied
 from ..layers import StructuredLayer, require
 from ..weights import owned
 from .checkpoints import describe
@@ -234,6 +234,7 @@ def _put(model: nn.Module, prepared: Prepared, tensors: Mapping[str, Tensor]) ->
 
 def _load_peft(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
     adapter = peft.read(folder)
+    refuse_tied(model, adapter.whole.keys())
     prepared = _rebuild(model, _peft_record(adapter), name or "default")
     for path in adapter.layers:
         _check_peft_layer(path, adapter, prepared.layers.get(path))
