@@ -43,6 +43,7 @@ from rankfold.methods.recipe import resolve
 from rankfold.methods.registry import Method, StepZero
 from rankfold.weights import Gated, Leaf, Normalized, Sum, Weight
 
+EVERY_KIND = ("kaiming", "pissa", "svd")  # an initialiser without data for a zero, a residual and a frame start
 EXACT = 1e-9  # relative to the largest entry, in float64
 HALF = 0.05  # likewise, where bfloat16 is involved
 
@@ -153,12 +154,17 @@ class Check:
 
 
 def points(name: str, **options: Any) -> list[Point]:
-    """Return a structure with every start that it accepts, its `example` options filled in."""
+    """Return a structure with its own start and one of every kind that it accepts, its `example` filled in.
+
+    That every other initialiser keeps its contract is checked by the tests of the whole space.
+    """
     structure = next(m for m in rf.methods("structure") if m.name == name)
     options = {**structure.traits["example"], **options}
     if structure.traits["init"] is None:
         return [Point(structure, None, options)]
-    return [Point(structure, i, options) for i in rf.methods("init") if _accepts(structure, i, options)]
+    own = structure.traits["init"] if isinstance(structure.traits["init"], str) else structure.traits["init"][0]
+    inits = [i for i in rf.methods("init") if i.name in {own, *EVERY_KIND} and _accepts(structure, i, options)]
+    return [Point(structure, i, options) for i in inits]
 
 
 def _accepts(structure: Method, init: Method, options: Mapping[str, Any]) -> bool:

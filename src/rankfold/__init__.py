@@ -4,7 +4,22 @@ from . import errors, weights
 from .errors import RankfoldError
 from .formats import Report, export
 from .layers import Summary, checkpoint, disabled, fold, remove, summary, use
-from .methods import Method, Plan, Recipe, adapt, find_method, load, methods, parse_point, plan, save
+from .methods import (
+    Method,
+    Plan,
+    Recipe,
+    adapt,
+    attach,
+    find_method,
+    load,
+    methods,
+    param_groups,
+    parse_point,
+    plan,
+    save,
+)
+from .statistics import Statistics, collect
+from .training.callback import TrainerCallback
 
 __version__ = "0.1.0"
 
@@ -14,10 +29,14 @@ __all__ = [
     "RankfoldError",
     "Recipe",
     "Report",
+    "Statistics",
     "Summary",
+    "TrainerCallback",
     "__version__",
     "adapt",
+    "attach",
     "checkpoint",
+    "collect",
     "disabled",
     "errors",
     "export",
@@ -25,6 +44,7 @@ __all__ = [
     "fold",
     "load",
     "methods",
+    "param_groups",
     "parse_point",
     "plan",
     "remove",

@@ -5,7 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..weights import Base, Diagonal, Dropped, Grid, Normalized, Product, Reflections, Scaled, Sum, Weight
+from ..weights import (
+    Base,
+    Diagonal,
+    Dropped,
+    Grid,
+    Moved,
+    Normalized,
+    Product,
+    Reflections,
+    Scaled,
+    Sum,
+    Weight,
+)
 
 Pair = tuple[Tensor, Tensor]
 
@@ -25,7 +37,7 @@ def exact_change(expression: Weight) -> Pair | None:
     if not isinstance(expression, Sum):
         return None
     terms = list(expression.parts())
-    if not isinstance(terms[0], Base) or terms[0].inner is not None:
+    if not isinstance(terms[0], Base) or isinstance(terms[0], Moved) or terms[0].inner is not None:
         return None
     pairs = [pair for pair in map(_pair, terms[1:]) if pair is not None]
     if len(pairs) < len(terms) - 1:
@@ -96,7 +108,7 @@ def _reflected(product: Product) -> Pair | None:
     base, *rest = list(product.factors)
     if len(rest) != 1 or not isinstance(rest[0], Reflections):
         return None
-    if not isinstance(base, Base) or base.inner is not None:
+    if not isinstance(base, Base) or isinstance(base, Moved) or base.inner is not None:
         return None
     unit, core = rest[0].compact()
     return -(base.dense().to(unit.dtype) @ unit) @ core, unit.T

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import BaseMismatch, FormatError, MissingPath
 from ..layers import Adaptation, StructuredLayer, kind_of
+from ..weights import adopt_ranks
 from ..weights.kernels import at_least_float32
 from . import card
 from .files import (
@@ -68,11 +69,20 @@ def fill(adaptation: Adaptation, name: str, tensors: Mapping[str, Tensor]) -> No
     Raises:
         FormatError: names or shapes differ; nothing is copied then.
     """
+    if "ranks" in adaptation.adapter(name).record["recipe"]:
+        for path, expression in adaptation.expressions(name).items():
+            adopt_ranks(expression, leaves_of(path, tensors))
     places = tensors_of(adaptation, name)
     check_names({key: tuple(value.shape) for key, value in places.items()}, tensors)
     with torch.no_grad():
         for key, value in places.items():
             value.copy_(tensors[key])
+
+
+def leaves_of(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of one layer by leaf name."""
+    start = f"{path}:"
+    return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
 
 
 def check_names(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Incompatible, NotAdapted, NotDense, UnsupportedLayer, near_names
-from ..weights import Weight, owned
+from ..weights import Moved, Weight, owned
 from .carrier import Carrier
 from .foreign import check_known
 from .layer import StructuredAttention, StructuredForeign, StructuredLayer, kind_of, why_refused
@@ -199,11 +199,20 @@ class Adaptation:
                 f"{lengths[0]!r} normalises the weight and {gated[0]!r} changes it for some tokens only, so "
                 "the length of its rows would differ from token to token"
             )
+        moved = [a.name for a in chosen if self._moves_base(a.name)]
+        if moved and len(chosen) > 1:
+            raise Incompatible(
+                f"{moved[0]!r} has moved the stored weights themselves, and other changes do not stand on those"
+            )
         whole = [a.name for a in chosen if a.values]
         if len(whole) > 1:
             raise Incompatible(
                 f"adapters {whole} each hold their own copy of modules trained whole; use one of them"
             )
+
+    def _moves_base(self, name: str) -> bool:
+        expressions = self.expressions(name).values()
+        return any(isinstance(leaf, Moved) for e in expressions for leaf in e.leaves())
 
     def _store_values(self) -> None:
         for name in self.active:

@@ -1,5 +1,36 @@
-"""Truncated decompositions; nothing of neural networks."""
+"""Decompositions, low-rank approximations and budgets; nothing of neural networks."""
 
+from .budget import allocate
+from .factored import Squeezed, factored_svd, squeeze_factors
+from .lowrank import LowRank, tail_errors
+from .metrics import Diagonal, Gram, Metric, RootGram, psd_root
+from .pivoted import Pivoted, pivoted_lu, pivoted_qr
+from .shares import proportional, top_counts
+from .skeleton import Skeleton, nystrom, skeleton
 from .svd import range_finder, truncated_svd
+from .weighted import weighted_low_rank
 
-__all__ = ["range_finder", "truncated_svd"]
+__all__ = [
+    "Diagonal",
+    "Gram",
+    "LowRank",
+    "Metric",
+    "Pivoted",
+    "RootGram",
+    "Skeleton",
+    "Squeezed",
+    "allocate",
+    "factored_svd",
+    "nystrom",
+    "pivoted_lu",
+    "pivoted_qr",
+    "proportional",
+    "psd_root",
+    "range_finder",
+    "skeleton",
+    "squeeze_factors",
+    "tail_errors",
+    "top_counts",
+    "truncated_svd",
+    "weighted_low_rank",
+]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import require_finite, require_rank
+
 
 def truncated_svd(
     matrix: Tensor, rank: int, *, iterations: int | None = None, generator: torch.Generator | None = None
@@ -23,7 +25,8 @@ def truncated_svd(
         U is positive.
 
     Raises:
-        ValueError: rank is not in 1..min(m, n).
+        InvalidRank: rank is not in 1..min(m, n).
+        InvalidOption: the matrix holds NaN or infinite entries.
 
     Example:
         >>> import torch
@@ -32,18 +35,27 @@ def truncated_svd(
         >>> bool(torch.allclose(u * s @ vt, matrix, atol=1e-5))
         True
     """
-    if not 1 <= rank <= min(matrix.shape):
-        raise ValueError(f"rank {rank} is not in 1..min(m, n) = {min(matrix.shape)}")
+    require_rank(rank, min(matrix.shape))
+    require_finite(matrix, "the matrix")
     if iterations is None:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        basis = range_finder(matrix, rank + max(10, rank), iterations=iterations, generator=generator)
-        left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-        left = basis @ left
-    left, values, right = left[:, :rank], values[:rank], right[:rank]
-    signs = torch.sign(left.gather(0, left.abs().argmax(0, keepdim=True)))
-    signs = torch.where(signs == 0, torch.ones_like(signs), signs)
-    return left * signs, values, right * signs.T
+        left, values, right = randomised_svd(matrix, rank, iterations=iterations, generator=generator)
+    left, right = fixed_signs(left[:, :rank], right[:rank])
+    return left, values[:rank], right
+
+
+def randomised_svd(
+    matrix: Tensor, rank: int, *, iterations: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular triplets of a matrix (m, n) within a random range oversampled by max(10, rank).
+
+    There are min(rank + max(10, rank), m, n) of them; the leading `rank` are meant to be used. The last ones
+    lie below the true values, and none is above its own.
+    """
+    basis = range_finder(matrix, rank + max(10, rank), iterations=iterations, generator=generator)
+    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ left, values, right
 
 
 def range_finder(
@@ -63,3 +75,29 @@ def range_finder(
     for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     return basis
+
+
+def column_signs(columns: Tensor) -> Tensor:
+    """Return the signs (..., 1, r) that make the largest entry of every column (..., m, r) positive."""
+    signs = torch.sign(columns.gather(-2, columns.abs().argmax(-2, keepdim=True)))
+    return torch.where(signs == 0, torch.ones_like(signs), signs)
+
+
+def fixed_signs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return left (..., m, r) and right (..., r, n) with the largest entry of every column of left positive.
+
+    The product is unchanged.
+    """
+    signs = column_signs(left)
+    return left * signs, right * signs.mT
+
+
+def completed_basis(basis: Tensor, extra: Tensor) -> Tensor:
+    """Return orthonormal columns: those of the basis (m, q), then the extra ones (m, c) made orthonormal.
+
+    An extra column that depends on those before it is replaced by a direction orthogonal to all of them.
+    """
+    orthonormal, triangle = torch.linalg.qr(torch.cat([basis, extra], 1))
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(basis.dtype)
+    completed: Tensor = orthonormal * signs
+    return completed

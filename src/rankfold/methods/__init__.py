@@ -1,13 +1,17 @@
 """Methods: one paper, one file, found by the paper's name; and what puts them into a model."""
 
 from .adapt import Plan, PlannedSite, adapt, plan
-from .capacity import RankCapped
+from .attach import Attached, attach
+from .capacity import LeftOut, RankCapped
+from .groups import param_groups
 from .persist import load, save
 from .prepare import TieFollowed
 from .recipe import Recipe, parse_point
 from .registry import Method, find_method, methods
 
 __all__ = [
+    "Attached",
+    "LeftOut",
     "Method",
     "Plan",
     "PlannedSite",
@@ -15,9 +19,11 @@ __all__ = [
     "Recipe",
     "TieFollowed",
     "adapt",
+    "attach",
     "find_method",
     "load",
     "methods",
+    "param_groups",
     "parse_point",
     "plan",
     "save",

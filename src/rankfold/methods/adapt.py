@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import Incompatible, InvalidOption
+from ..errors import InvalidOption
 from ..layers import Targets, watch_first_forward
 from ..layers.targets import candidates
+from ..statistics import Statistics
+from .calibrate import Calibration
 from .prepare import Prepared, install, prepare
 from .recipe import Recipe, Resolved, resolve
 
@@ -68,8 +70,10 @@ def adapt(
     targets: Targets | None = None,
     name: str = "default",
     seed: int = 0,
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | Statistics | Mapping[str, Any] | None = None,
     lr: float | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    progress: bool = True,
     train: Sequence[str] = (),
     uncalled: str = "error",
     **options: Any,
@@ -88,8 +92,12 @@ def adapt(
             names, a regular expression (`re:...` or compiled), or a list; None takes the structure's default.
         name: of the adapter; several may live in one model.
         seed: of every random choice; the global generator is not touched.
-        data: batches, for initialisers that read statistics.
-        lr: learning rate, for initialisers that depend on it.
+        data: batches, for initialisers and rank rules that read statistics: dicts called as `model(**batch)`
+            or tuples called as `model(*batch)`. Statistics that `collect` returned will do, and where a method
+            reads several sets, a mapping of them by name.
+        lr: learning rate of the training to come, for initialisers that depend on it.
+        loss: `loss(model, batch)`, for statistics of gradients where the model's output has no loss.
+        progress: show a progress bar while statistics are collected.
         train: modules to train whole beside the adapter.
         uncalled: "error" raises in the first forward that leaves a targeted layer uncalled, naming it;
             "allow" does not (for experts that are not always used).
@@ -109,11 +117,18 @@ def adapt(
         >>> model[0].expression
         W0[8x16] + 2 (up*[8x2] @ down*[2x16])
     """
-    if uncalled not in ("error", "allow"):
-        raise InvalidOption(f"uncalled must be 'error' or 'allow', not {uncalled!r}")
+    _check_uncalled(uncalled)
     resolved = resolve(method, options)
-    _refuse_data(resolved, data)
-    prepared = prepare(model, resolved, rank=rank, targets=targets, name=name, seed=seed, train=train)
+    prepared = prepare(
+        model,
+        resolved,
+        rank=rank,
+        targets=targets,
+        name=name,
+        seed=seed,
+        train=train,
+        calibration=Calibration(data, lr, loss, progress),
+    )
     install(model, prepared)
     if uncalled == "error":
         prepared.adapter.watch = watch_first_forward(model, prepared.layers)
@@ -130,18 +145,33 @@ def plan(
     targets: Targets | None = None,
     name: str = "default",
     seed: int = 0,
+    data: Iterable[Any] | Statistics | Mapping[str, Any] | None = None,
+    lr: float | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    progress: bool = True,
     train: Sequence[str] = (),
+    uncalled: str = "error",
     **options: Any,
 ) -> Plan:
     """Return what `adapt` with the same arguments would do; the model is not changed.
 
+    The data are read only where a rank rule needs them.
+
     Raises:
         RankfoldError: whatever `adapt` would raise.
     """
-    options = {key: value for key, value in options.items() if key not in ("data", "lr", "uncalled")}
+    _check_uncalled(uncalled)
     resolved = resolve(method, options)
     prepared = prepare(
-        model, resolved, rank=rank, targets=targets, name=name, seed=seed, train=train, blank=True
+        model,
+        resolved,
+        rank=rank,
+        targets=targets,
+        name=name,
+        seed=seed,
+        train=train,
+        blank=True,
+        calibration=Calibration(data, lr, loss, progress),
     )
     sites = [_planned(prepared, path) for path in prepared.adapter.paths]
     shared = sum(t.numel() for t in prepared.shared.values() if t.requires_grad)
@@ -170,10 +200,6 @@ def _planned(prepared: Prepared, path: str) -> PlannedSite:
     return PlannedSite(path, shape, prepared.ranks[path], expression.count().trainable, expression.formula())
 
 
-def _refuse_data(resolved: Resolved, data: Any) -> None:
-    init = resolved.init
-    needs = init.traits["needs"] if init else ()
-    if init and needs and data is None:
-        raise InvalidOption(f"{init.name} reads {' and '.join(needs)}: pass data=batches")
-    if data is not None and not needs:
-        raise Incompatible(f"{resolved.recipe.text()} reads no data; leave data= away")
+def _check_uncalled(uncalled: str) -> None:
+    if uncalled not in ("error", "allow"):
+        raise InvalidOption(f"uncalled must be 'error' or 'allow', not {uncalled!r}")

@@ -2,86 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InvalidRank
-from ..layers import StructuredLayer
+from ..errors import InvalidOption, InvalidRank
 from .recipe import Resolved
+from .rules import Unit
+from .site import Place, Site
 
 
 class RankCapped(UserWarning):
     """A preset or a default rank reached a weight that is too small for it; the weight got less."""
 
 
-def allotted_ranks(
-    resolved: Resolved,
-    layers: Mapping[str, StructuredLayer | None],
-    rank: int | None,
-    explicit: bool,
-    notes: list[Warning],
-) -> dict[str, int | None]:
-    """Return the rank of every path, checked against what the structure can hold.
+class LeftOut(UserWarning):
+    """A rank rule gave a weight no rank, so it is not adapted."""
 
-    Args:
-        resolved: the recipe.
-        layers: by path; None where an output is edited, not a weight.
-        rank: asked for; None takes the structure's default, which is capped wherever a weight is smaller.
-        explicit: the weights were named, so a rank that one of them cannot hold is an error and not capped.
-        notes: a warning is added for every rank that is capped.
+
+@dataclass(frozen=True)
+class Allotment:
+    """How much rank every weight gets.
+
+    Attributes:
+        ranks: by path; None where the structure has no rank.
+        references: the rank that alpha is divided by, by path, where it is not the weight's own.
+        asked: the rank that was asked for, which a rule shares out.
+    """
+
+    ranks: dict[str, int | None]
+    references: dict[str, int]
+    asked: int | None = None
+
+
+def asked_rank(resolved: Resolved, rank: Any) -> int | None:
+    """Return the rank that was asked for, or the structure's default; None where it has no rank.
 
     Raises:
-        InvalidRank: a rank is impossible.
+        InvalidRank: it is no rank that the structure can have.
     """
     traits, name = resolved.structure.traits, resolved.structure.name
     if traits["rank"] is None:
         if rank is not None:
             raise InvalidRank(f"{name} has no rank; leave rank= away")
-        return dict.fromkeys(layers)
-    multiple = traits["multiple"](resolved.options)
-    shared = _shared_ranks(
-        resolved, layers, _checked(name, traits["rank"] if rank is None else rank, multiple)
-    )
-    limits = {path: _limit(traits, layer) for path, layer in layers.items()}
-    over = {p: limit for p, limit in limits.items() if limit is not None and shared[p] > limit}
-    if over and rank is not None and (explicit or len(over) == len(layers)):
-        path, limit = next(iter(over.items()))
-        raise InvalidRank(_too_high(path, layers[path], shared[path], limit))
-    capped = {path: _capped(path, name, limit, multiple) for path, limit in over.items()}
-    notes += [RankCapped(f"{p}: rank capped to {r}, all that its weight can hold") for p, r in capped.items()]
-    return {**shared, **capped}
-
-
-def _checked(name: str, rank: Any, multiple: int) -> int:
+        return None
+    rank = traits["rank"] if rank is None else rank
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise InvalidRank(f"rank must be a whole number of at least 1, not {rank!r}")
+    multiple = traits["multiple"](resolved.options)
     if rank % multiple:
         raise InvalidRank(f"{name}: rank {rank} is not a multiple of {multiple}")
     return rank
 
 
-def _capped(path: str, name: str, limit: int, multiple: int) -> int:
-    rank = limit // multiple * multiple
+def largest_rank(resolved: Resolved, rank: int | None) -> int:
+    """Return the most that any weight may get where this rank was asked for."""
+    if rank is None or resolved.ranks is None:
+        return rank or 0
+    return max(rank, int(resolved.ranks.traits["largest"](resolved.ranks_options, rank)))
+
+
+def allotted_ranks(
+    resolved: Resolved, sites: Mapping[str, Place], rank: int | None, explicit: bool, notes: list[Warning]
+) -> Allotment:
+    """Return the rank of every path, checked against what the structure can hold.
+
+    Args:
+        resolved: the recipe.
+        sites: by path.
+        rank: asked for; None takes the structure's default, which is capped wherever a weight is smaller.
+        explicit: the weights were named, so a rank that one of them cannot hold is an error and not capped.
+        notes: warnings are added for ranks that are capped and for weights that are left out.
+
+    Raises:
+        InvalidRank: a rank is impossible.
+    """
+    asked = asked_rank(resolved, rank)
+    if asked is None:
+        return Allotment(dict.fromkeys(sites), {})
+    units = units_of(resolved, sites)
+    if resolved.ranks is not None:
+        return _shared(resolved, units, asked, notes)
+    over = [u for u in units if u.limit is not None and asked > u.limit]
+    if over and rank is not None and (explicit or len(over) == len(units)):
+        raise InvalidRank(_too_high(over[0], asked))
+    ranks: dict[str, int | None] = {u.path: asked for u in units}
+    capped = {u.path: _capped(resolved.structure.name, u) for u in over}
+    notes += [RankCapped(note) for note in _grouped("rank capped to {}, all that the weight can hold", capped)]
+    return Allotment({**ranks, **capped}, {}, asked)
+
+
+def units_of(resolved: Resolved, sites: Mapping[str, Place]) -> list[Unit]:
+    """Return the weights as what takes part in sharing out a budget."""
+    traits, blocks = resolved.structure.traits, _blocks(sites)
+    multiple, names = traits["multiple"](resolved.options), list(dict.fromkeys(blocks.values()))
+    return [
+        Unit(
+            path=path,
+            shape=site.shape if isinstance(site, Site) else (0, 0),
+            depth=names.index(blocks[path]),
+            blocks=len(names),
+            limit=_limit(traits, site),
+            multiple=multiple,
+            site=site,
+        )
+        for path, site in sites.items()
+    ]
+
+
+def _blocks(sites: Mapping[str, Place]) -> dict[str, str]:
+    """Name the block that every weight lies in: its path up to the first number in it."""
+    found = {path: re.match(r"(?:.*?\.)?\d+(?=\.|$)", path) for path in sites}
+    return {path: match.group(0) if match else path for path, match in found.items()}
+
+
+def _shared(resolved: Resolved, units: Sequence[Unit], rank: int, notes: list[Warning]) -> Allotment:
+    rule, method = resolved.rule, resolved.ranks
+    assert method is not None
+    if rule is not None:
+        shared = rule.share(units, rank)
+    else:
+        shared = method.build(units, rank, **resolved.ranks_options)
+    ranks: dict[str, int | None] = {unit.path: _checked(method.name, unit, shared.get(unit.path, 0)) for unit in units}
+    without = [path for path, given in ranks.items() if not given]
+    if len(without) == len(units):
+        raise InvalidOption(f"{method.name} gave no weight any rank; ask for a larger rank")
+    notes += [LeftOut(f"{path}: {method.name} gave it no rank, so it is not adapted") for path in without]
+    own = method.traits["scales"] == "own" or rule is not None
+    references = {path: given if own else rank for path, given in ranks.items() if given}
+    return Allotment(ranks, references, rank)
+
+
+def _checked(name: str, unit: Unit, rank: Any) -> int:
+    fits = isinstance(rank, int) and rank >= 0 and rank % unit.multiple == 0
+    if not fits or (unit.limit is not None and rank > unit.limit):
+        raise InvalidRank(_too_high(unit, rank) if fits else f"{unit.path}: {name} gave it the rank {rank!r}")
+    return int(rank)
+
+
+def _capped(name: str, unit: Unit) -> int:
+    assert unit.limit is not None
+    rank = unit.limit // unit.multiple * unit.multiple
     if not rank:
         raise InvalidRank(
-            f"{path}: {name} needs a rank of at least {multiple}, more than the weight can hold"
+            f"{unit.path}: {name} needs a rank of at least {unit.multiple}, more than the weight can hold"
         )
     return rank
 
 
-def _shared_ranks(resolved: Resolved, layers: Mapping[str, Any], rank: int) -> dict[str, int]:
-    if resolved.ranks is None:
-        return dict.fromkeys(layers, rank)
-    shared: dict[str, int] = resolved.ranks.build(layers, rank, **resolved.ranks_options)
-    return shared
+def _grouped(sentence: str, found: Mapping[str, int]) -> list[str]:
+    """Say the same of all paths with one value in one sentence."""
+    groups: dict[int, list[str]] = {}
+    for path, value in found.items():
+        groups.setdefault(value, []).append(path)
+    return [f"{', '.join(paths)}: {sentence.format(value)}" for value, paths in groups.items()]
 
 
-def _limit(traits: Mapping[str, Any], layer: StructuredLayer | None) -> int | None:
-    if traits["limit"] is None or layer is None:
+def _limit(traits: Mapping[str, Any], site: Place) -> int | None:
+    if traits["limit"] is None or not isinstance(site, Site):
         return None
-    return int(traits["limit"](layer.shape))
+    return int(traits["limit"](site.shape))
 
 
-def _too_high(path: str, layer: StructuredLayer | None, rank: int, limit: int | None) -> str:
-    shape = "x".join(map(str, layer.shape)) if layer is not None else "?"
-    return f"{path}: rank {rank} is more than its weight ({shape}) can hold; choose rank <= {limit}"
+def _too_high(unit: Unit, rank: int) -> str:
+    shape = "x".join(map(str, unit.shape))
+    return f"{unit.path}: rank {rank} is more than its weight ({shape}) can hold; choose rank <= {unit.limit}"

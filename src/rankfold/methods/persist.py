@@ -21,7 +21,8 @@ from ..errors import (
 from ..formats import native, peft
 from ..formats.export import kind_and_window, refuse_tied
 from ..layers import StructuredLayer, require
-from ..weights import owned
+from ..weights import adopt_ranks, owned
+from .capacity import Allotment
 from .checkpoints import describe
 from .prepare import Prepared, install, prepare
 from .recipe import Recipe, resolve
@@ -153,6 +154,9 @@ def _load_native(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
         raise FormatError(
             f"{folder}: this version of Rankfold plans the shared indices differently; it cannot load them"
         )
+    if resolve(Recipe.from_dict(record["recipe"]), {}).rule is not None:  # ranks may have changed in training
+        for path, expression in prepared.expressions.items():
+            adopt_ranks(expression, native.leaves_of(path, adapter.tensors))
     native.check_names(_expected(model, prepared), adapter.tensors)
     _put(model, prepared, adapter.tensors)
     return model
@@ -184,7 +188,7 @@ def _rebuild(model: nn.Module, record: Mapping[str, Any], name: str) -> Prepared
             train=[f"re:{re.escape(path)}" for path in record["train"]],
             heads=False,
             blank=True,
-            ranks=record["ranks"],
+            allotment=Allotment(record["ranks"], record.get("references", {}), record.get("rank")),
         )
     except RankfoldError:
         raise

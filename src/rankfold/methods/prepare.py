@@ -17,6 +17,7 @@ from ..layers import (
     Adapter,
     Branch,
     GateRule,
+    StructuredForeign,
     StructuredLayer,
     Target,
     Targets,
@@ -25,11 +26,13 @@ from ..layers import (
     find_modules,
     task_heads,
 )
-from ..weights import Pooled, Weight
+from ..weights import Moved, Pooled, Weight
 from .aim import chosen_targets, follow_ties, inside, is_preset, refuse_overlap
-from .capacity import allotted_ranks
+from .calibrate import Calibration, check_given, collected, needed
+from .capacity import Allotment, allotted_ranks, asked_rank, largest_rank
 from .checkpoints import Checkpoints
 from .recipe import Resolved
+from .rules import DynamicRanks
 from .site import OutputSite, Place, Planned, Site, derived_seed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -68,7 +71,8 @@ def prepare(
     train: Sequence[str] = (),
     heads: bool = True,
     blank: bool = False,
-    ranks: Mapping[str, int | None] | None = None,
+    allotment: Allotment | None = None,
+    calibration: Calibration | None = None,
 ) -> Prepared:
     """Build an adapter beside a model that is not touched.
 
@@ -82,7 +86,8 @@ def prepare(
         train: modules to train whole.
         heads: add a freshly initialised task head to `train`.
         blank: build shapes only, the values will be loaded.
-        ranks: the rank of every path, where it is known already.
+        allotment: how much rank every path gets, where it is known already.
+        calibration: what the caller gives for it.
     """
     existing = adaptation_of(model)
     _check_name(name, existing)
@@ -96,32 +101,65 @@ def prepare(
     weightless = resolved.structure.traits["activations"]
     layers = {} if weightless else {t.path: adaptation.layer_for(t) for t in lenders}
     notes: list[Warning] = [TieFollowed(f"{t.path} shares its tensor with {path}") for t, path in borrowers]
-    if ranks is None:
-        holders = {t.path: layers.get(t.path) for t in lenders}
-        ranks = allotted_ranks(resolved, holders, rank, not is_preset(targets), notes)
     common = {"seed": seed, "blank": blank, "gates": adaptation.carrier.gates}
     sites = _sites(model, resolved, lenders, layers, {**common, "gate_key": _gate_key(resolved, name)})
+    if allotment is None:
+        sites = _calibrated(model, resolved, sites, rank, blank, calibration or Calibration())
+        allotment = allotted_ranks(resolved, sites, rank, not is_preset(targets), notes)
+    ranks, sites = allotment.ranks, _with_ranks(sites, allotment)
     planned = _plan_shared(resolved, sites, ranks, seed)
     built = {path: _build(resolved, _with_shared(site, planned), ranks[path]) for path, site in sites.items()}
     weights = {p: b for p, b in built.items() if isinstance(b, Weight)}
     _refuse_layers(layers, weights)
-    record = _record(resolved, seed, ranks, [t.path for t in lenders], trained) | {"plan": planned.digest()}
-    adapter = Adapter(name, record, resolved.structure.traits["stage"], [t.path for t in lenders])
+    record = _record(resolved, seed, allotment, list(sites), trained) | {"plan": planned.digest()}
+    adapter = Adapter(name, record, resolved.structure.traits["stage"], list(sites))
     adapter.shared = {key: _attribute(name, key) for key in planned.shared}
     return Prepared(
         adaptation=adaptation,
         adapter=adapter,
-        targets=lenders,
-        layers=layers,
+        targets=[t for t in lenders if t.path in sites],
+        layers={path: layer for path, layer in layers.items() if path in sites},
         expressions=weights,
         branches={p: b for p, b in built.items() if isinstance(b, Branch)},
-        borrowers=borrowers,
+        borrowers=[(t, path) for t, path in borrowers if path in sites],
         shared=dict(planned.shared),
         gate_rules=_gate_rules(resolved, name),
         train=trained,
         ranks=dict(ranks),
         notes=notes,
     )
+
+
+def _calibrated(
+    model: nn.Module,
+    resolved: Resolved,
+    sites: dict[str, Place],
+    rank: int | None,
+    blank: bool,
+    given: Calibration,
+) -> dict[str, Place]:
+    """Let every site read what its initialiser and the rank rule need from data."""
+    asked = asked_rank(resolved, rank)
+    sets = needed(resolved, asked, largest_rank(resolved, asked))
+    check_given(resolved, sets, given)
+    if blank and not (resolved.ranks and resolved.ranks.traits["needs"]):
+        return sites
+    found = collected(model, list(sites), sets, given) if sets else {}
+    return {
+        path: replace(site, statistics=found.get(path, {}), learning_rate=given.learning_rate)
+        if isinstance(site, Site)
+        else site
+        for path, site in sites.items()
+    }
+
+
+def _with_ranks(sites: Mapping[str, Place], allotment: Allotment) -> dict[str, Place]:
+    """Leave out the sites that got no rank, and tell the others what alpha is divided by."""
+    kept = {path: site for path, site in sites.items() if allotment.ranks[path] != 0}
+    return {
+        path: replace(site, reference=allotment.references.get(path)) if isinstance(site, Site) else site
+        for path, site in kept.items()
+    }
 
 
 def _gate_key(resolved: Resolved, name: str) -> str:
@@ -186,16 +224,24 @@ def _sites(
     if resolved.structure.traits["activations"]:
         return {t.path: _output_site(model, t, common) for t in targets}
     init = (resolved.init, resolved.init_options) if resolved.init else None
-    return {path: _weight_site(path, layer, init, common) for path, layer in layers.items()}
+    return {
+        path: _weight_site(path, layer, init, resolved.moves_base, common) for path, layer in layers.items()
+    }
 
 
-def _weight_site(path: str, layer: StructuredLayer, init: Any, common: Mapping[str, Any]) -> Site:
+def _weight_site(
+    path: str, layer: StructuredLayer, init: Any, moves_base: bool, common: Mapping[str, Any]
+) -> Site:
     stored = getattr(layer.original, "weight", None)
     dtype, device = _place_of(stored if isinstance(stored, Tensor) else layer.matrix())
+    if moves_base and isinstance(layer, StructuredForeign):
+        raise UnsupportedLayer(
+            f"{path} is quantised, and moving changes into it would round them; use a layer in full precision"
+        )
     return Site(
         path=path,
         layer=layer,
-        base=layer.base(),
+        base=Moved(layer, layer.matrix().detach().to(dtype)) if moves_base else layer.base(),
         shape=layer.shape,
         init=init,
         dtype=dtype,
@@ -255,17 +301,33 @@ def _attribute(name: str, key: str) -> str:
 def _build(resolved: Resolved, site: Place, rank: int | None) -> Weight | Branch:
     arguments: list[Any] = [site] if rank is None else [site, rank]
     result: Weight | Branch = resolved.structure.build(*arguments, **resolved.options)
+    if not isinstance(result, Weight | Branch):
+        raise TypeError(f"{resolved.structure.name} returned {type(result).__name__}, not a Weight or a Branch")
+    if resolved.rule is not None and isinstance(result, Weight):
+        _insert_gates(resolved, resolved.rule, site, result)
     return result
 
 
+def _insert_gates(resolved: Resolved, rule: DynamicRanks, site: Place, expression: Weight) -> None:
+    """Put the rule's gates into every trained product; they are called after the product's up factor."""
+    gives = resolved.init.traits["gives"] if resolved.init else ("zero",)
+    start = next((g for g in ("gated", "residual", "displaced") if g in gives), "zero")
+    for pair in list(expression.pairs()):
+        name = f"{pair.up.name.removesuffix('up')}gate" if pair.up.name.endswith("up") else f"{pair.up.name}.gate"
+        own = start if pair.up.initialised else "residual"  # a product with a start of its own keeps it
+        pair.owner.insert_gate(rule.gate(site, name, pair.up.shape[-1], own))
+
+
 def _record(
-    resolved: Resolved, seed: int, ranks: Mapping[str, int | None], paths: list[str], trained: list[str]
+    resolved: Resolved, seed: int, allotment: Allotment, paths: list[str], trained: list[str]
 ) -> dict[str, Any]:
     return {
         "recipe": resolved.recipe.to_dict(),
         "seed": seed,
         "targets": paths,
-        "ranks": {path: ranks[path] for path in paths},
+        "ranks": {path: allotment.ranks[path] for path in paths},
+        "rank": allotment.asked,
+        "references": {path: r for path, r in allotment.references.items() if path in paths},
         "train": trained,
     }
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from ..errors import Incompatible, InvalidOption, UnknownMethod, near_names
 from . import registry
+from .compose import Chosen, check
 from .registry import Method
+from .rules import DynamicRanks, Dynamics
 
 Part = str | tuple[str, Mapping[str, Any]]
 
@@ -72,7 +74,7 @@ def parse_point(text: str) -> Recipe:
     """Return the recipe that a text such as "dora/pissa" means.
 
     Parts stand in any order; the axis is written (`ranks=eva`) where one name lives on two axes. Without a
-    structure, it is lora.
+    structure, it is the one that the initialiser's paper uses, or lora.
 
     Raises:
         UnknownMethod: a part is no method.
@@ -92,7 +94,12 @@ def parse_point(text: str) -> Recipe:
             raise Incompatible(f"{text!r} gives two methods for {axis}: {chosen[axis]} and {name}")
         else:
             chosen[axis] = name
-    return Recipe(chosen.pop("structure", "lora"), dynamics=tuple(dynamics), **chosen)
+    structure = chosen.pop("structure", None) or _usual_structure(chosen.get("init"))
+    return Recipe(structure, dynamics=tuple(dynamics), **chosen)
+
+
+def _usual_structure(init: str | None) -> str:
+    return "lora" if init is None else str(registry.get("init", init).traits["structure"])
 
 
 def _axis_of(word: str, chosen: Mapping[str, str]) -> tuple[str, str]:
@@ -116,7 +123,16 @@ def _axis_of(word: str, chosen: Mapping[str, str]) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe with every method looked up and every option filled in."""
+    """A recipe with every method looked up and every option filled in.
+
+    Attributes:
+        recipe: the same, as plain names and options.
+        structure, options: what shape the change has.
+        init, init_options: where its factors start, or None.
+        ranks, ranks_options: how much rank each weight gets, or None.
+        rule: the dynamic rank rule, made with its options, or None.
+        dynamics: how the parameters move, each made with its options, by name.
+    """
 
     recipe: Recipe
     structure: Method
@@ -125,6 +141,13 @@ class Resolved:
     init_options: dict[str, Any]
     ranks: Method | None
     ranks_options: dict[str, Any]
+    rule: DynamicRanks | None
+    dynamics: dict[str, Dynamics]
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether training moves the stored weights themselves."""
+        return any(registry.get("dynamics", name).traits["moves_base"] for name in self.dynamics)
 
 
 def resolve(method: str | Recipe, options: Mapping[str, Any]) -> Resolved:
@@ -142,47 +165,48 @@ def resolve(method: str | Recipe, options: Mapping[str, Any]) -> Resolved:
     recipe = parse_point(method) if isinstance(method, str) else method
     if not isinstance(recipe, Recipe):
         raise InvalidOption(f"a method is a text such as 'dora/pissa' or a Recipe, not {method!r}")
-    name, given = split_part(recipe.structure)
-    structure = registry.get("structure", name)
-    filled = structure.checked({**given, **options})
-    initialiser, init_options = _resolve_init(structure, recipe.init)
-    rule, rule_options = None, {}
-    if recipe.ranks is not None:
-        rule_name, rule_given = split_part(recipe.ranks)
-        rule = registry.get("ranks", rule_name)
-        rule_options = rule.checked(rule_given)
-    for part in recipe.dynamics:
-        registry.get("dynamics", split_part(part)[0])
-    chosen = Recipe(
-        (name, filled),
-        (initialiser.name, init_options) if initialiser else None,
-        (rule.name, rule_options) if rule else None,
-        tuple(split_part(p) for p in recipe.dynamics),
+    structure = _structure(recipe, options)
+    ranks = _choose("ranks", recipe.ranks)
+    dynamics = [chosen for part in recipe.dynamics if (chosen := _choose("dynamics", part)) is not None]
+    init = _choose("init", _init_part(structure, [*([ranks] if ranks else []), *dynamics], recipe.init))
+    check(structure, init, ranks, dynamics)
+    rule = ranks.method.build(**ranks.options) if ranks and ranks.trait("dynamic") else None
+    return Resolved(
+        Recipe(_part(structure), _part(init), _part(ranks), tuple(_part(d) for d in dynamics)),  # type: ignore
+        structure.method,
+        dict(structure.options),
+        init.method if init else None,
+        dict(init.options) if init else {},
+        ranks.method if ranks else None,
+        dict(ranks.options) if ranks else {},
+        rule,
+        {d.name: d.method.build(**d.options) for d in dynamics},
     )
-    return Resolved(chosen, structure, filled, initialiser, init_options, rule, rule_options)
 
 
-def _resolve_init(structure: Method, asked: Part | None) -> tuple[Method | None, dict[str, Any]]:
-    default = structure.traits["init"]
-    if asked is None:
-        if default is None:
-            return None, {}
-        asked = default
-    name, options = split_part(asked)
-    initialiser = registry.get("init", name)
-    gives, starts = initialiser.traits["gives"], structure.traits["starts"]
-    if not starts:
-        raise Incompatible(f"{structure.name} has no factors to initialise, so {name} has no meaning for it")
-    if gives not in starts:
-        raise Incompatible(f"{structure.name} cannot start from {name}: {_why(gives, starts)}")
-    return initialiser, initialiser.checked(options)
+def _structure(recipe: Recipe, options: Mapping[str, Any]) -> Chosen:
+    name, given = split_part(recipe.structure)
+    method = registry.get("structure", name)
+    return Chosen(method, method.checked({**given, **options}))
 
 
-def _why(gives: str, starts: Sequence[str]) -> str:
-    wanted = {
-        "zero": "a product that is zero",
-        "residual": "factors whose product is subtracted from the base",
-        "displaced": "factors that move the base",
-        "frame": "a basis of the weight",
-    }
-    return f"it gives {wanted[gives]}, and the structure needs {' or '.join(wanted[s] for s in starts)}"
+def _choose(axis: str, part: Part | None) -> Chosen | None:
+    if part is None:
+        return None
+    name, given = split_part(part)
+    method = registry.get(axis, name)
+    return Chosen(method, method.checked(given))
+
+
+def _part(chosen: Chosen | None) -> Part | None:
+    return None if chosen is None else (chosen.name, dict(chosen.options))
+
+
+def _init_part(structure: Chosen, others: Sequence[Chosen], asked: Part | None) -> Part | None:
+    """Return the start that was asked for, else that of the rank rule's, a dynamics' or the structure's paper."""
+    if asked is not None:
+        return asked
+    own: list[Part] = [other.trait("init") for other in others if other.trait("init") is not None]
+    if own and structure.trait("pairs") and "zero" in structure.trait("starts"):
+        return own[0]
+    return structure.trait("init")  # type: ignore[no-any-return]

@@ -216,6 +216,9 @@ def structure(
     targets: str = "all-linear",
     example: Mapping[str, Any] | None = None,
     refuses: Sequence[str] = (),
+    pairs: str = "",
+    sides: bool = False,
+    entries: bool = False,
     **about: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a structure: `build(site, rank, *, options) -> Weight` (or a Branch, for `activations`).
@@ -235,32 +238,121 @@ def structure(
         targets: the default targets.
         example: options without which it cannot be built, for tests and documentation.
         refuses: the weights of the battery that it refuses, such as "odd" where sides have to be even.
+        pairs: what its trained two-factor products are: "terms" of the weight, whose gradients are those of
+            the weight's and which can be moved into the base; "parts" of something else, which only take
+            gates; or "" if it has none.
+        sides: it has trained leaves on the output side and on the input side of a map.
+        entries: it has a trained leaf that meets the input itself.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
     traits = {
         "stage": stage, "init": init, "starts": tuple(starts), "rank": rank, "limit": limit,
         "multiple": multiple, "layers": tuple(layers), "plan": plan, "gate": gate, "activations": activations,
         "targets": targets, "example": dict(example or {}), "refuses": tuple(refuses),
+        "pairs": pairs, "sides": sides, "entries": entries,
     }  # fmt: skip
     return register("structure", name, **about, traits=traits)
 
 
-def init(name: str, *, gives: str, needs: Sequence[str] = (), **about: Any) -> Callable[..., Any]:
-    """Register an initialiser: `start(site, rank, scaling, *, options) -> Factors` (or Basis, for a frame).
+Needs = Sequence["Need"] | Callable[[Mapping[str, Any], int], Sequence["Need"]]
+Need = str | tuple[str, Mapping[str, Any]]
+
+
+def init(
+    name: str,
+    *,
+    gives: str | Sequence[str],
+    needs: Needs = (),
+    rate: bool = False,
+    structure: str = "lora",
+    dynamics: str | None = None,
+    **about: Any,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register an initialiser: `start(site, rank, scaling, *, options) -> Factors | Basis`.
 
     Args:
         name: in the catalogue.
-        gives: zero (the product is zero), residual (the start is subtracted from the base), displaced, or
-            frame (an orthonormal basis of the weight).
-        needs: the statistics that it reads.
+        gives: one or more of zero (the product is zero), residual (the start is subtracted from the base),
+            displaced (it moves the base), frame (two outer factors of a weight), displaced frame (those and a
+            core that moves the base), gated (a product behind a gate that is zero). A Basis serves as a frame
+            and, split evenly, as residual factors.
+        needs: the statistics that it reads, as `collect` takes them, or `needs(options, rank)` that returns
+            them for the largest rank; a name may carry the data set that it is read from, "gradient@forget".
+        rate: it depends on the learning rate.
+        structure: the structure that is meant where a point names the initialiser alone.
+        dynamics: the dynamics that it cannot do without.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
-    return register("init", name, **about, traits={"gives": gives, "needs": tuple(needs)})
+    given = (gives,) if isinstance(gives, str) else tuple(gives)
+    traits = {"gives": given, "needs": needs, "rate": rate, "structure": structure, "dynamics": dynamics}
+    return register("init", name, **about, traits=traits)
 
 
-def ranks(name: str, **about: Any) -> Callable[..., Any]:
-    """Register a rank rule: `share(sites, rank, *, options) -> {path: rank}`."""
-    return register("ranks", name, **about)
+def ranks(
+    name: str,
+    *,
+    needs: Needs = (),
+    scales: str = "reference",
+    init: tuple[str, Mapping[str, Any]] | None = None,
+    largest: Callable[[Mapping[str, Any], int], int] = lambda options, rank: rank,
+    entries: Callable[[Mapping[str, Any]], bool] = lambda options: False,
+    **about: Any,
+) -> Callable[..., Any]:
+    """Register a rank rule: a function `share(units, rank, *, options) -> {path: rank}` or a `DynamicRanks`.
+
+    Args:
+        name: in the catalogue.
+        needs: as for an initialiser, evaluated at the rank that was asked for.
+        scales: which rank alpha is divided by: "reference", the one that was asked for, the same for every
+            weight, or "own", the one that the weight was given.
+        init: the start that the paper pairs with its gates, where the structure is started as its own paper
+            says.
+        largest: the most that it may give one weight, from its options and the rank that was asked for.
+        entries: whether, with these options, it acts on the leaf that meets the input.
+        about: title, year, arxiv, code, formula, status, start: see `Method`.
+    """
+    traits = {"needs": needs, "scales": scales, "init": init, "largest": largest, "entries": entries}
+
+    def enter(build: Any) -> Any:
+        dynamic = isinstance(build, type)
+        return register("ranks", name, **about, traits={**traits, "dynamic": dynamic})(build)
+
+    return enter
+
+
+def dynamics(
+    name: str,
+    *,
+    needs: Sequence[str] = (),
+    pairs: str = "",
+    sides: bool = False,
+    moves_base: bool = False,
+    owns_step: bool = False,
+    gates: bool = True,
+    excludes: Sequence[str] = (),
+    init: tuple[str, Mapping[str, Any]] | None = None,
+    **about: Any,
+) -> Callable[..., Any]:
+    """Register a dynamics: a class derived from `Dynamics` whose keyword-only parameters are its options.
+
+    Args:
+        name: in the catalogue.
+        needs: which of total_steps, scheduler, validation and loss `attach` has to be given.
+        pairs: "terms" if it acts on two-factor products that are terms of the weight, "parts" if any will do,
+            "" if it acts on none.
+        sides: it tells the output side from the input side.
+        moves_base: it moves changes into the stored weight.
+        owns_step: it replaces the optimizer's step of the pairs, which it can for Adam and AdamW.
+        gates: it also works where a rank rule has put a gate into the pairs.
+        excludes: other dynamics that it cannot run beside.
+        init: the start of its paper, for structures that are started as their own paper says.
+        about: title, year, arxiv, code, formula, status, start: see `Method`.
+    """
+    traits = {
+        "needs": tuple(needs), "pairs": pairs, "sides": sides, "moves_base": moves_base,
+        "owns_step": owns_step, "gates": gates, "excludes": tuple(excludes), "init": init,
+    }  # fmt: skip
+    return register("dynamics", name, **about, traits=traits)
 
 
 @cache
@@ -286,6 +378,12 @@ def methods(axis: str | None = None) -> list[Method]:
     load_all()
     found = [m for m in _METHODS.values() if axis in (None, m.axis)]
     return sorted(found, key=lambda m: (AXES.index(m.axis), m.name))
+
+
+def needs_of(method: Method | None, options: Mapping[str, Any], rank: int) -> list[Need]:
+    """Return the statistics that a method reads for ranks up to this one."""
+    needs = () if method is None else method.traits["needs"]
+    return list(needs(options, rank) if callable(needs) else needs)
 
 
 def get(axis: str, name: str) -> Method:

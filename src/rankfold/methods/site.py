@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import Incompatible, InvalidOption
 from ..layers import StructuredLayer
+from ..statistics import WeightStatistics
 from ..weights import Base, Dense, Dropped, Gates, Pooled, Weight
 from .registry import Method
 
@@ -35,11 +36,24 @@ class Factors:
 
 @dataclass(frozen=True)
 class Basis:
-    """A frame of a weight, `W0 ~ left diag(values) right`: left (out, r), values (r,), right (r, in)."""
+    """Two outer factors of a weight and what belongs between them, `left diag(values) right`.
+
+    Attributes:
+        left: (out, r).
+        values: (r,).
+        right: (r, in).
+        core: (r, r) where a trained core is to start, or None where the structure knows.
+    """
 
     left: Tensor
     values: Tensor
     right: Tensor
+    core: Tensor | None = None
+
+    def split(self, scaling: float) -> Factors:
+        """Return residual factors with `scaling * up @ down = left diag(values) right`, split evenly."""
+        root = (self.values / scaling).sqrt()
+        return Factors(self.left * root, root[:, None] * self.right, "residual")
 
 
 @dataclass(frozen=True)
@@ -141,7 +155,9 @@ class Site(Place):
         root: the module that owns shared tensors.
         shared: attribute name on the root of every shared tensor, by key.
         planned: what the structure's plan holds for this weight.
-        statistics: what a calibration pass collected for this weight.
+        statistics: what a calibration pass collected for this weight, by data set; "" is the only one.
+        learning_rate: of the training to come, or None.
+        reference: the rank that alpha is divided by, where it is not the weight's own.
     """
 
     layer: StructuredLayer
@@ -151,7 +167,9 @@ class Site(Place):
     root: nn.Module = field(default_factory=nn.Module)
     shared: Mapping[str, str] = field(default_factory=dict)
     planned: Mapping[str, Tensor] = field(default_factory=dict)
-    statistics: Any = None
+    statistics: Mapping[str, WeightStatistics] = field(default_factory=dict)
+    learning_rate: float | None = None
+    reference: int | None = None
     rows: slice = field(default_factory=lambda: slice(None))
     columns: slice = field(default_factory=lambda: slice(None))
 
@@ -186,6 +204,40 @@ class Site(Place):
         """Return a leaf that reads a tensor which the adapter's layers share."""
         return Pooled(self.root, self.shared[key], name, shape, **gather)
 
+    def scaling(self, alpha: float | None, rank: int, rank_stabilised: bool = False) -> float:
+        """Return alpha / rank, or alpha / sqrt(rank), at the rank that alpha is meant for (`scaling_of`)."""
+        return scaling_of(alpha, self.reference or rank, rank_stabilised)
+
+    def statistic(self, name: str, *, data: str = "", **options: Any) -> Tensor:
+        """Return what a calibration pass collected for this weight, cut to the block that this site is.
+
+        Args:
+            name: as `collect` knows it.
+            data: the data set, where there are several.
+            options: those that it was collected with.
+
+        Raises:
+            InvalidOption: it was not collected.
+        """
+        if data not in self.statistics:
+            raise InvalidOption(f"{self.path}: {name} was not collected{f' on {data!r}' if data else ''}")
+        value: Tensor = self.statistics[data].get(name, **options)
+        if not isinstance(value, Tensor) or self.is_whole:
+            return value
+        return self._cut(name, value)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is a whole weight and not a block of one."""
+        return self.rows == self.columns == slice(None)
+
+    def _cut(self, name: str, value: Tensor) -> Tensor:
+        if name.startswith(("input", "column")) or name.endswith("_columns"):
+            return value[(self.columns,) * value.dim()]
+        if name.startswith("output") or name.endswith("_rows"):
+            return value[(self.rows,) * value.dim()]
+        return value[self.rows, self.columns] if value.dim() else value
+
     # Starts -------------------------------------------------------------------------------------------
 
     def factors(self, rank: int, scaling: float = 1.0) -> Factors:
@@ -193,21 +245,24 @@ class Site(Place):
         method, options = self._initialiser()
         if self.blank:
             up, down = self.zeros(self.shape[0], rank), self.zeros(rank, self.shape[1])
-            return Factors(up, down, method.traits["gives"])
-        result: Factors = method.build(self, rank, scaling, **options)
-        return result
+            starts = [given for given in method.traits["gives"] if given in ("residual", "displaced")]
+            return Factors(up, down, starts[0] if starts else "zero")
+        result: Factors | Basis = method.build(self, rank, scaling, **options)
+        return result.split(scaling) if isinstance(result, Basis) else result
 
     def _initialiser(self) -> tuple[Method, Mapping[str, Any]]:
         if self.init is None:
             raise Incompatible(f"{self.path}: the structure asks for an initialiser and declares none")
         return self.init
 
-    def basis(self, rank: int) -> Basis:
-        """Return the initialiser's frame of the weight."""
+    def basis(self, rank: int, scaling: float = 1.0) -> Basis:
+        """Return the initialiser's frame of the weight, for a change `scaling * left core right`."""
         method, options = self._initialiser()
         if self.blank:
-            return Basis(self.zeros(self.shape[0], rank), self.zeros(rank), self.zeros(rank, self.shape[1]))
-        result: Basis = method.build(self, rank, 1.0, **options)
+            core = self.zeros(rank, rank) if "displaced frame" in method.traits["gives"] else None
+            ends = self.zeros(self.shape[0], rank), self.zeros(rank), self.zeros(rank, self.shape[1])
+            return Basis(*ends, core)
+        result: Basis = method.build(self, rank, scaling, **options)
         return result
 
     def change(
@@ -231,6 +286,7 @@ class Site(Place):
         if not 0 <= dropout < 1:
             raise InvalidOption(f"dropout must be in [0, 1), not {dropout}")
         up, down = self.trained(factors.up, f"{prefix}up"), self.trained(factors.down, f"{prefix}down")
+        up.initialised = down.initialised = True
         change: Weight = scaling * form(up, down)
         if dropout:
             change = Dropped(change, dropout)

@@ -15,7 +15,20 @@ from .composites import (
     term_is_dense,
 )
 from .gates import Gated, Gates
-from .leaves import Base, Dense, Foreign, Masked, Mixture, Pooled, Seeded, frozen, owned, trained
+from .leaves import (
+    Base,
+    Dense,
+    Foreign,
+    Masked,
+    Mixture,
+    Moved,
+    Pooled,
+    Seeded,
+    adopt_ranks,
+    frozen,
+    owned,
+    trained,
+)
 from .op import LINEAR, Convolution, Op
 from .structured import (
     BlockDiagonal,
@@ -52,6 +65,7 @@ __all__ = [
     "Masked",
     "Mixture",
     "Modulated",
+    "Moved",
     "Normalized",
     "Op",
     "Pair",
@@ -69,6 +83,7 @@ __all__ = [
     "Transposed",
     "Tucker",
     "Weight",
+    "adopt_ranks",
     "frozen",
     "owned",
     "row_norms",

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Self, TypeVar
 
 import torch
@@ -264,6 +264,16 @@ class Sum(Composite[Split]):
         for term in self.terms:
             yield from term.pairs(scale)
 
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the two-sided leaves of every term."""
+        for term in self.terms:
+            yield from term.sides()
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the leaves of every term that meet the input."""
+        for term in self.terms:
+            yield from term.entries()
+
     def macs(self, tokens: int) -> int:
         """Return the sum over the terms."""
         return sum(term.macs(tokens) for term in self.parts())
@@ -417,14 +427,42 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
             return
         gate = middle[0] if middle else None
         if gate is None:
-            yield Pair(ends[0], ends[1], scale, None, self)
+            yield Pair(ends[0], ends[1], scale, None, self)  # type: ignore[arg-type]
         elif isinstance(gate, Diagonal):
-            yield Pair(ends[0], ends[1], scale, gate.vector, self)
+            yield Pair(ends[0], ends[1], scale, gate.vector, self)  # type: ignore[arg-type]
+
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the trained leaves of the first and the last factor that have any, unless they are one."""
+        factors = [
+            [leaf for leaf in f.leaves() if leaf.trainable]
+            for f in self.factors
+            if not (isinstance(f, Diagonal) and f.vector.name.startswith("gate"))
+        ]
+        trained = [leaves for leaves in factors if leaves]
+        if len(trained) > 1:
+            yield from ((leaf, "output") for leaf in trained[0])
+            yield from ((leaf, "input") for leaf in trained[-1])
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the leaves of the factor that meets the input."""
+        yield from self.factors[-1].entries()
 
     def insert_gate(self, gate: Leaf) -> None:
         """Put diag(gate) between the two factors; gate has shape (r,)."""
         self._set([self.factors[0], Diagonal(gate), self.factors[1]])
         tick()  # whatever this product is part of holds the old pair
+
+    def resize(self, up: Tensor, down: Tensor, gate: Tensor | None = None) -> None:
+        """Let the two trained factors, and the gate between them, hold values of another rank."""
+        ends = (self.factors[0], self.factors[-1])
+        assert all(isinstance(end, Dense) for end in ends)
+        for end, value in zip(ends, (up, down), strict=True):
+            end.resize(value)  # type: ignore[operator]
+        if gate is not None:
+            middle = self.factors[1]
+            middle.vector.resize(gate)  # type: ignore[union-attr,operator]
+            middle.shape = (gate.shape[0], gate.shape[0])
+        tick()
 
     def macs(self, tokens: int) -> int:
         """Return the sum over the factors."""
@@ -513,6 +551,14 @@ class Scaled(Weight):
         if not isinstance(self.scale, Leaf):
             yield from self.inner.pairs(scale * self.scale)
 
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the inner leaves."""
+        yield from self.inner.sides()
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the inner leaves."""
+        yield from self.inner.entries()
+
     def small_rank(self) -> int | None:
         """Return the inner rank."""
         return self.inner.small_rank()
@@ -572,6 +618,21 @@ class Hadamard(Composite[Factors | None]):
         """Return the small pair."""
         return self.factored()
 
+    def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
+        """Yield the pairs of both sides; neither is a term of the weight."""
+        for pair in itertools.chain(self.left.pairs(scale), self.right.pairs(scale)):
+            yield replace(pair, additive=False)
+
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the two-sided leaves of both factors."""
+        yield from self.left.sides()
+        yield from self.right.sides()
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the leaves of both factors that meet the input."""
+        yield from self.left.entries()
+        yield from self.right.entries()
+
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Apply through the Khatri-Rao pair, or as a matrix where that costs less."""
         if self._denser(op.tokens(x)):
@@ -621,6 +682,19 @@ class Modulated(Weight):
     def __init__(self, base: Weight, change: Weight) -> None:
         super().__init__(base.shape)
         self.base, self.change = base, change
+
+    def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
+        """Yield the pairs of the change, which are no terms of the weight."""
+        for pair in self.change.pairs(scale):
+            yield replace(pair, additive=False)
+
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the two-sided leaves of the change."""
+        yield from self.change.sides()
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the leaves of the change that meet the input."""
+        yield from self.change.entries()
 
     def dense(self) -> Tensor:
         """Return the matrix, (out, in)."""
@@ -746,6 +820,14 @@ class Normalized(Composite[tuple[Split, Tensor]]):
         """Yield the pairs of the direction; gradients on them are those of the direction."""
         yield from self.direction.pairs(scale)
 
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the two-sided leaves of the direction."""
+        yield from self.direction.sides()
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the leaves of the direction that meet the input."""
+        yield from self.direction.entries()
+
     def macs(self, tokens: int) -> int:
         """Return the direction's multiply-adds, those of the norm and the scaling."""
         return self.direction.macs(tokens) + self._norm_macs() + tokens * self.shape[0]
@@ -852,6 +934,14 @@ class Dropped(Weight):
     def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
         """Yield the inner pairs."""
         yield from self.inner.pairs(scale)
+
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the inner leaves."""
+        yield from self.inner.sides()
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the inner leaves."""
+        yield from self.inner.entries()
 
     def small_rank(self) -> int | None:
         """Return the inner rank."""

@@ -7,12 +7,15 @@ that it controls. Recomputation under gradient checkpointing restores the gates 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..errors import NotDense
 from .op import LINEAR, Op
-from .weight import Weight
+from .weight import Leaf, Pair, Weight
 
 
 class Gates:
@@ -65,6 +68,19 @@ class Gated(Weight):
         return op.add(y, bias)
 
     map = forward
+
+    def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
+        """Yield the inner pairs, which change the weight for some tokens only."""
+        for pair in self.inner.pairs(scale):
+            yield replace(pair, additive=False)
+
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the inner leaves."""
+        yield from self.inner.sides()
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the inner leaves."""
+        yield from self.inner.entries()
 
     def macs(self, tokens: int) -> int:
         """Return the inner count."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import Incompatible
 from .op import LINEAR, Op
 from .weight import Leaf, Weight
 
@@ -35,9 +36,21 @@ class Dense(Leaf):
         """Return the tensor from where it lives."""
         return self.value
 
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the leaf itself, where it is a trained matrix."""
+        if self.trainable and len(self.shape) == 2:
+            yield self, 1
+
     def transfer(self) -> tuple[nn.Module, str]:
         """Return the module and the attribute that hold the tensor, for saving and loading."""
         return self, "value"
+
+    @torch.no_grad()
+    def resize(self, value: Tensor) -> None:
+        """Hold a tensor of another shape from now on; a trained one stays the same Parameter."""
+        self.value.data = value.to(self.value.device, self.value.dtype).contiguous()
+        self.value.grad = None
+        self.shape = tuple(value.shape)
 
 
 def trained(value: Tensor, name: str = "trained") -> Dense:
@@ -127,6 +140,58 @@ class Base(Leaf):
     def formula(self) -> str:
         """Return `W0` and its shape, or the formula that stands in its place."""
         return f"W0[{'x'.join(map(str, self.shape))}]" if self.inner is None else self.inner.bracketed()
+
+
+class Moved(Base):
+    """A stored weight that training moves: read from a copy, so that the layer keeps its own.
+
+        W = W0 + everything that was moved into it
+
+    The copy is held in float32 or better, whatever the layer's dtype, so that thousands of small changes are
+    not rounded away.
+
+    Args:
+        holder: the layer.
+        value: (out, in), the stored weight to begin with.
+    """
+
+    stored = True
+    value: Tensor
+
+    def __init__(self, holder: Holder, value: Tensor) -> None:
+        super().__init__(holder, (value.shape[0], value.shape[1]))
+        self.name = "base"
+        self.register_buffer("value", value.detach().clone())
+
+    def identity(self) -> Tensor:
+        """Return the copy."""
+        return self.value
+
+    def source(self) -> Tensor:
+        """Return the copy."""
+        return self.value
+
+    @torch.no_grad()
+    def move(self, change: Tensor) -> None:
+        """Add a change (out, in) to the weight."""
+        self.value += change.to(self.value.dtype)
+
+    def transfer(self) -> tuple[nn.Module, str]:
+        """Return the module and the attribute that hold the copy, for saving and loading."""
+        return self, "value"
+
+    def stand_on(self, expression: Weight | None) -> None:
+        """Refuse: what is moved is the stored weight.
+
+        Raises:
+            Incompatible: an expression is to stand below.
+        """
+        if expression is not None:
+            raise Incompatible("a weight that training moves cannot stand on another adapter's change")
+
+    def formula(self) -> str:
+        """Return `W` and its shape, or the formula that stands in its place."""
+        return f"W[{'x'.join(map(str, self.shape))}]" if self.inner is None else self.inner.bracketed()
 
 
 def stack(expression: Weight) -> Iterator[tuple[Base, Weight | None]]:
@@ -308,11 +373,28 @@ class Masked(Leaf):
         return self.inner.tensor() * self.mask
 
 
+def adopt_ranks(expression: Weight, tensors: Mapping[str, Tensor]) -> None:
+    """Let trained products take the ranks of tensors that are about to be copied into them, by leaf name.
+
+    A product whose tensors do not fit together is left as it is.
+    """
+    for pair in expression.pairs():
+        leaves = [pair.up, pair.down, *([pair.gate] if isinstance(pair.gate, Dense) else [])]
+        values = [tensors.get(leaf.name) for leaf in leaves]
+        if any(value is None for value in values):
+            continue
+        rank = values[1].shape[0] if values[1].dim() == 2 else -1  # type: ignore[union-attr]
+        wanted = [(pair.up.shape[0], rank), (rank, pair.down.shape[1]), (rank,)]
+        fits = all(tuple(v.shape) == shape for v, shape in zip(values, wanted, strict=False))  # type: ignore
+        if fits and rank not in (-1, pair.up.shape[1]):
+            pair.owner.resize(*(torch.empty_like(v) for v in values))  # type: ignore[arg-type]
+
+
 def owned(expression: Weight) -> dict[str, tuple[Any, str]]:
     """Map every stored leaf name of an expression to the module and attribute that hold its tensor."""
     found: dict[str, tuple[Any, str]] = {}
     for leaf in expression.leaves():
-        if isinstance(leaf, Dense):
+        if isinstance(leaf, Dense | Moved):
             if leaf.name in found:
                 raise ValueError(f"two leaves are called {leaf.name!r} in {expression.formula()}")
             found[leaf.name] = leaf.transfer()

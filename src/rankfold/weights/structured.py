@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,11 @@ class Diagonal(Weight):
     def map(self, x: Tensor) -> Tensor:
         """Multiply channel by channel."""
         return x * self.vector.tensor().to(x.dtype)
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the vector, where it is trained."""
+        if self.vector.trainable:
+            yield self.vector, 0
 
     def macs(self, tokens: int) -> int:
         """Return tokens * n."""
@@ -105,6 +110,10 @@ class Grid(Weight):
         inner = inner.unflatten(-1, (k, -1)).permute(2, 1, 0, 3).flatten(2)
         y = torch.bmm(inner, self.up.tensor().to(x.dtype).mT)
         return y.transpose(0, 1).reshape(*x.shape[:-1], self.shape[0])
+
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the trained ones of the two leaves."""
+        yield from ((leaf, side) for leaf, side in ((self.up, "output"), (self.down, "input")) if leaf.trainable)
 
     def macs(self, tokens: int) -> int:
         """Return tokens * k q * (out + in) / k, a plain product's at the same parameter count."""
@@ -268,6 +277,11 @@ class Reflections(Weight):
         """Apply I - V T V^T in two thin products."""
         return reflect(x, *self.compact())
 
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the vectors, whose rows are the channels."""
+        if self.vectors.trainable:
+            yield self.vectors, 0
+
     def macs(self, tokens: int) -> int:
         """Return tokens * (2 n r + r^2), and n r^2 for V^T V."""
         size, rank = self.vectors.shape
@@ -368,6 +382,11 @@ class Tucker(Weight):
         for factor in list(self.factors)[2:]:
             kernel = torch.tensordot(kernel, factor.tensor(), ([2], [1]))
         return kernel
+
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the trained ones of the two channel factors."""
+        ends = zip(list(self.factors)[:2], ("output", "input"), strict=True)
+        yield from ((leaf, side) for leaf, side in ends if leaf.trainable)
 
     def ends(self) -> tuple[Tensor, Tensor]:
         """Return the two channel factors, (out, r_out) and (in, r_in)."""

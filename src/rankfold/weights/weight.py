@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +40,26 @@ class Pair:
         scale: the constant before the product.
         gate: leaf of shape (..., r), or None while there is none.
         owner: the expression that can insert a gate.
+        additive: the product is itself a term of the weight, so that its factors' gradients are those of the
+            weight's, `g_up = scale G down^T` and `g_down = scale up^T G`, and it can be moved into the base.
     """
 
-    up: Weight
-    down: Weight
+    up: Leaf
+    down: Leaf
     scale: float
-    gate: Weight | None
-    owner: Weight
+    gate: Leaf | None
+    owner: Gateable
+    additive: bool = True
+
+
+class Gateable(Protocol):
+    """An expression between whose two factors a gate can stand."""
+
+    def insert_gate(self, gate: Leaf) -> None:
+        """Put diag(gate) between the two factors; gate has shape (r,)."""
+
+    def resize(self, up: Tensor, down: Tensor, gate: Tensor | None = None) -> None:
+        """Let the factors, and the gate between them, hold values of another rank."""
 
 
 class Weight(nn.Module):
@@ -110,6 +123,14 @@ class Weight(nn.Module):
 
     def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
         """Yield the trained two-factor products inside, each with the constant before it."""
+        yield from ()
+
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the trained leaves of two-sided maps, each with the side it stands on: output or input."""
+        yield from ()
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the trained leaves that meet the input itself, each with its axis of input channels."""
         yield from ()
 
     def macs(self, tokens: int) -> int:
@@ -251,6 +272,7 @@ class Leaf(Weight):
     """
 
     stored = True  # has to be kept in a file; a leaf drawn from a seed has not
+    initialised = False  # an initialiser gave its start, and not the structure itself
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         super().__init__(shape)

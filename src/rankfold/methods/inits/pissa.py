@@ -12,7 +12,7 @@ paper's fast variant (16 iterations) is not.
 from ...errors import InvalidOption
 from ...linalg import truncated_svd
 from ..registry import init, near_base
-from ..site import Factors, Site
+from ..site import Basis, Factors, Site
 
 
 @init(
@@ -36,8 +36,5 @@ def pissa(site: Site, rank: int, scaling: float, *, iterations: int | None = Non
     """
     if iterations is not None and iterations < 0:
         raise InvalidOption(f"pissa: iterations must be at least 0, not {iterations}")
-    left, values, right = truncated_svd(
-        site.matrix(), rank, iterations=iterations, generator=site.generator("range")
-    )
-    root = (values / scaling).sqrt()
-    return Factors(left * root, root[:, None] * right, "residual")
+    triplets = truncated_svd(site.matrix(), rank, iterations=iterations, generator=site.generator("range"))
+    return Basis(*triplets).split(scaling)

@@ -13,7 +13,7 @@ randomised.
 from ...linalg import truncated_svd
 from ...weights import Weight
 from ..registry import structure
-from ..site import Site, scaling_of
+from ..site import Site
 
 
 @structure(
@@ -25,6 +25,9 @@ from ..site import Site, scaling_of
     formula="W = W0 + s (B1 A1) . (B2 A2)",
     init=("kaiming", {"a": 0.0}),
     starts=("zero",),
+    pairs="parts",
+    sides=True,
+    entries=True,
     rank=32,
 )
 def abba(site: Site, rank: int, *, alpha: float | None = None) -> Weight:
@@ -40,5 +43,5 @@ def abba(site: Site, rank: int, *, alpha: float | None = None) -> Weight:
         u, values, vt = truncated_svd(site.matrix(), rank)
         left, right = u * values.sqrt(), values.sqrt()[:, None] * vt
     fixed = site.trained(left, "up1") @ site.trained(right, "down1")
-    scaling = rank * scaling_of(alpha, rank)
+    scaling = rank * site.scaling(alpha, rank)
     return site.base + scaling * (fixed * site.change(site.factors(rank), 1.0))

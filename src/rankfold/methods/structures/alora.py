@@ -20,7 +20,7 @@ from ...errors import InvalidOption
 from ...layers import CacheMemory, ModelInputs
 from ...weights import Gated, Weight
 from ..registry import structure
-from ..site import Site, scaling_of
+from ..site import Site
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -85,6 +85,9 @@ def invocation_gate(*, invocation: Any, **options: float) -> Invoked:
     formula="y_t = W0 x_t + 1[t >= t0] s B A x_t",
     init="kaiming",
     starts=("zero", "residual"),
+    pairs="parts",
+    sides=True,
+    entries=True,
     rank=32,
     layers=("linear",),
     targets="attention",
@@ -95,5 +98,5 @@ def alora(
     site: Site, rank: int, *, invocation: Sequence[int] = (), alpha: float | None = None, dropout: float = 0.0
 ) -> Weight:
     """Return W0 plus the gated change; invocation is a sequence of token ids, dropout in [0, 1)."""
-    change = site.low_rank(rank, scaling_of(alpha, rank), dropout)
+    change = site.low_rank(rank, site.scaling(alpha, rank), dropout)
     return site.base + Gated(change, site.gates, site.gate_key)

@@ -11,7 +11,7 @@ is normalised by columns, m in R^dim, because they are its outputs. Start: the b
 
 from ...weights import ColumnNormalized, Normalized, Weight
 from ..registry import near_base, structure
-from ..site import Site, scaling_of
+from ..site import Site
 
 
 @structure(
@@ -25,6 +25,9 @@ from ..site import Site, scaling_of
     start=near_base(1e-5),
     init="kaiming",
     starts=("zero", "residual", "displaced"),
+    pairs="terms",
+    sides=True,
+    entries=True,
 )
 def dora(
     site: Site,
@@ -45,7 +48,7 @@ def dora(
         dropout: probability, in [0, 1), of dropping an input entry of B A while training.
         detach: leave the norm out of the gradient.
     """
-    direction = site.base + site.low_rank(rank, scaling_of(alpha, rank, rank_stabilised), dropout)
+    direction = site.base + site.low_rank(rank, site.scaling(alpha, rank, rank_stabilised), dropout)
     kind, size = (ColumnNormalized, site.shape[1]) if site.looked_up else (Normalized, site.shape[0])
     weight = kind(direction, site.trained(site.zeros(size), "magnitude"), detach=detach)
     if not site.blank:

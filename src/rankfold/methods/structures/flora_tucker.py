@@ -16,7 +16,7 @@ import math
 from ...errors import InvalidOption
 from ...weights import Tucker, Weight
 from ..registry import structure
-from ..site import Site, scaling_of
+from ..site import Site
 
 
 @structure(
@@ -27,6 +27,7 @@ from ..site import Site, scaling_of
     code="SJTU-DeepVisionLab/FLoRA",
     formula="W = W0 + s G x_1 U_out x_2 U_in x_3 U_h x_4 U_w",
     limit=None,
+    sides=True,
 )
 def flora_tucker(site: Site, rank: int, *, window_rank: int = 2, alpha: float | None = None) -> Weight:
     """Return W0 plus the Tucker change; a rank above a mode's size is that size.
@@ -46,4 +47,4 @@ def flora_tucker(site: Site, rank: int, *, window_rank: int = 2, alpha: float | 
         site.trained(site.normal(name, size, mode, std=math.sqrt(0.5 / mode)), name)
         for name, size, mode in zip(names, sizes, ranks, strict=False)
     ]
-    return site.base + scaling_of(alpha, rank) * Tucker(site.trained(site.zeros(*ranks), "core"), factors)
+    return site.base + site.scaling(alpha, rank) * Tucker(site.trained(site.zeros(*ranks), "core"), factors)

@@ -37,6 +37,7 @@ def _joined(tensors: list[Tensor], dim: int) -> Tensor:
     formula="W_jn = W0_jn + s B_jn A_nj, k x k blocks of rank r/k",
     init="kaiming",
     starts=("zero", "residual", "displaced"),
+    sides=True,
     rank=32,
     multiple=lambda options: max(1, int(options["k"])),
     refuses=("odd",),
@@ -60,7 +61,8 @@ def gralora(site: Site, rank: int, *, k: int = 2, hybrid_rank: int = 0, alpha: f
         raise InvalidOption(
             f"{site.path}: gralora needs k={k} to divide both sides of the weight {site.shape}"
         )
-    scaling = scaling_of(2 * rank if alpha is None else alpha, rank + hybrid_rank)
+    meant = site.reference or rank
+    scaling = scaling_of(2 * meant if alpha is None else alpha, meant + hybrid_rank)
     weight = site.base + site.change(grid_factors(site, rank, scaling, k), scaling, form=Grid)
     if not hybrid_rank:
         return weight

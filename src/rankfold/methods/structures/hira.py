@@ -21,6 +21,9 @@ from ..site import Site
     start=near_base(1e-6),
     init="kaiming",
     starts=("zero",),
+    pairs="parts",
+    sides=True,
+    entries=True,
     rank=32,
 )
 def hira(site: Site, rank: int) -> Weight:

@@ -30,6 +30,7 @@ from ..site import Site
     formula="W = W0 prod_i (I - 2 v_i v_i^T)",
     start=near_base(1e-5),
     limit=lambda shape: shape[1],
+    entries=True,
     multiple=lambda options: 2,
 )
 def hra(site: Site, rank: int) -> Weight:

@@ -10,7 +10,7 @@ Start: the base, exactly.
 
 from ...weights import Weight
 from ..registry import structure
-from ..site import Site, scaling_of
+from ..site import Site
 
 
 @structure(
@@ -22,6 +22,9 @@ from ..site import Site, scaling_of
     formula="W = W0 + s B A",
     init="kaiming",
     starts=("zero", "residual", "displaced"),
+    pairs="terms",
+    sides=True,
+    entries=True,
 )
 def lora(
     site: Site, rank: int, *, alpha: float | None = None, rank_stabilised: bool = False, dropout: float = 0.0
@@ -35,4 +38,4 @@ def lora(
         rank_stabilised: divide alpha by sqrt(rank) instead of rank.
         dropout: probability, in [0, 1), of dropping an input entry of the change while training.
     """
-    return site.base + site.low_rank(rank, scaling_of(alpha, rank, rank_stabilised), dropout)
+    return site.base + site.low_rank(rank, site.scaling(alpha, rank, rank_stabilised), dropout)

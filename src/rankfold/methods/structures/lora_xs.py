@@ -7,12 +7,14 @@ Balazy et al. 2024. The trained count is r^2, whatever the layer's size. U_r (ou
 in the official code (A = S_r V_r^T, B = U_r). std = 1e-5 is the paper's. Start: the base up to a share of
 about 2 std sqrt(r).
 
+An initialiser that gives a core of its own (lora-sb) starts R there, between its own outer factors.
+
 Deviation: alpha is the rank by default, so s = 1; the paper's runs set it.
 """
 
 from ...weights import Weight
 from ..registry import near_base, structure
-from ..site import Site, scaling_of
+from ..site import Site
 
 
 @structure(
@@ -24,7 +26,7 @@ from ..site import Site, scaling_of
     formula="W = W0 + s U_r R (S_r V_r^T)",
     start=near_base(1e-3),
     init="svd",
-    starts=("frame",),
+    starts=("frame", "displaced frame"),
     rank=16,
 )
 def lora_xs(site: Site, rank: int, *, alpha: float | None = None, std: float = 1e-5) -> Weight:
@@ -36,8 +38,10 @@ def lora_xs(site: Site, rank: int, *, alpha: float | None = None, std: float = 1
         alpha: numerator of the scaling alpha / rank; the rank by default.
         std: standard deviation of R at the start.
     """
-    basis = site.basis(rank)
-    core = site.trained(site.normal("core", rank, rank, std=std), "core")
-    right = basis.values[:, None] * basis.right
-    change = site.frozen(basis.left, "left") @ core @ site.frozen(right, "right")
-    return site.base + scaling_of(alpha, rank) * change
+    scaling = site.scaling(alpha, rank)
+    basis = site.basis(rank, scaling)
+    given = basis.core is not None
+    start = basis.core if given else site.normal("core", rank, rank, std=std)
+    right = basis.right if given else basis.values[:, None] * basis.right
+    core = site.trained(start, "core")
+    return site.base + scaling * (site.frozen(basis.left, "left") @ core @ site.frozen(right, "right"))

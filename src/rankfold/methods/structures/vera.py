@@ -43,6 +43,7 @@ def shared_pair(
     rank=256,
     limit=None,
     plan=shared_pair,
+    sides=True,
 )
 def vera(site: Site, rank: int, *, d_initial: float = 0.1) -> Weight:
     """Return W0 + diag(b) B diag(d) A; d starts at d_initial, b at zero."""

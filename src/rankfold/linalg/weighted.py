@@ -1,0 +1,272 @@
+"""One weighted low-rank approximation, for every method that is one.
+
+    X = argmin over rank r of ||L (T - X) R||_F,      L T R = U S V^T
+
+PiSSA and MiLoRA (no metric), FWSVD and FILA (L diagonal), ASVD (R diagonal), SVD-LLM and EoRA (R the root of
+a Gram matrix), CorDA (R the Gram matrix itself), Kronecker-factored Fisher weights (both sides) differ in T,
+L, R and in which terms they keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidOption
+from .checks import null_level, precise_dtype, require_finite, require_rank
+from .lowrank import LowRank
+from .metrics import Gram, Metric, RootGram, after, before
+from .operands import DenseOperand, Operand, Target, as_operand
+from .svd import column_signs, completed_basis, randomised_svd
+
+Select = Literal["top", "bottom"] | Tensor | Sequence[int]
+# Measured on 768 x 768 at rank 16: spectra 1/i, i^-1/2 and i^-1/4 end 1e-7, 2e-5 and 2e-4 above the smallest error.
+ITERATIONS = 4
+
+
+@torch.no_grad()
+def weighted_low_rank(
+    target: Target,
+    rank: int | None,
+    *,
+    left: Metric | None = None,
+    right: Metric | None = None,
+    select: Select = "top",
+    solver: Literal["exact", "randomised"] = "exact",
+    iterations: int | None = None,
+    tolerance: float | None = None,
+    damping: float = 0.0,
+    generator: torch.Generator | None = None,
+    mean: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> LowRank:
+    """Return the terms of a matrix that matter most (or least, or those named) under two metrics.
+
+        L T R = U S V^T,   I = the selected terms
+        L = R = 1:   X = U_I S_I V_I^T
+        L = 1:       X = U_I (U_I^T T)
+        R = 1:       X = (T V_I) V_I^T
+        both:        X = (T R V_I) S_I^-1 (U_I^T L T)
+
+    Each is L^-1 U_I S_I V_I^T R^-1 where the metrics can be inverted, and none inverts one. Where they
+    cannot: with one metric, a direction of weight zero keeps what T projected on U_I (or V_I) does there, and
+        terms
+    beyond the rank of L T R are the largest terms of what remains of T, so that all min(m, n) terms together
+    are always T. With two metrics, a term whose S is zero to rounding is zero. The error is the smallest
+    possible in either case.
+
+    Args:
+        target: T (m, n), or the factors (up (m, k), down (k, n)) of a product, which is never formed.
+        rank: number of terms; None where `select` names them.
+        left: metric of the rows; None is the identity.
+        right: metric of the columns; None is the identity.
+        select: "top", "bottom" (of the min(m, n) terms, of factors min(m, k, n)), a mask over the terms, or
+            their indices, 0 the largest.
+        solver: "exact"; or "randomised", for the top terms of a matrix: a range oversampled by max(10, r)
+            (Halko et al. 2011). Factors are always solved exactly, through QR.
+        iterations: power steps of the randomised solver, 4 unless told.
+        tolerance: largest accepted `excess` of a randomised result; above it the exact one is computed.
+            None accepts any. The excess estimates, from the residuals of the triplets, by what share
+            the error is above the smallest possible; it holds when the range met every leading direction,
+            which a random one does with a probability that grows quickly with the power steps.
+        damping: d >= 0. Gram matrices become C + d mean(diag C) I, diagonals d_i + d mean|d_i|.
+        generator: of the random range, drawn from on the CPU.
+        mean: mean of the inputs (n,); gives `bias` = (T - X) mean, which added to the outputs of X makes
+            their mean error zero. (The centred covariance as metric then gives the smallest error.)
+        dtype: to compute in. None takes float64 with a Gram metric, whose condition it must bear, where the
+            device has it, and the target's own (at least float32) otherwise.
+
+    Returns:
+        Factors, values and error, in the target's dtype, at least float32. Signs as in `truncated_svd`, of U.
+
+    Raises:
+        InvalidRank: the rank is not in 1..min(m, n).
+        InvalidOption: NaN or infinite entries, a metric of another size, not symmetric or indefinite, a
+            selection out of range, a randomised solver asked for other terms than the top ones.
+
+    Example:
+        >>> import torch
+        >>> weight, inputs = torch.eye(3), torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> near = weighted_low_rank(weight, 1, right=RootGram(inputs.T @ inputs))
+        >>> near.matrix().round().abs()
+        tensor([[0., 0., 0.],
+                [0., 1., 0.],
+                [0., 0., 0.]])
+        >>> round(near.error, 4)
+        1.0
+    """
+    if damping < 0:
+        raise InvalidOption(f"damping must be at least 0, not {damping}")
+    if solver not in ("exact", "randomised"):
+        raise InvalidOption(f"solver must be 'exact' or 'randomised', not {solver!r}")
+    given = as_operand(target)
+    operand = as_operand(target, dtype or _dtype(given, left, right))
+    chosen = _chosen(select, rank, operand)
+    forms = _form(left, operand.shape[0], damping, operand), _form(right, operand.shape[1], damping, operand)
+    weighed = operand.weighed(*forms)
+    if solver == "randomised" and isinstance(weighed, DenseOperand):
+        terms = _randomised(weighed, chosen, select, iterations, tolerance, generator)
+    else:
+        terms = _exact(weighed, chosen)
+    up, down, balance = _factors(operand, forms, terms, chosen)
+    return LowRank(
+        up=up.to(given.like),
+        down=down.to(given.like),
+        values=terms.values[chosen].to(given.like),
+        left=terms.left[:, chosen].to(given.like),
+        right=terms.right[chosen].to(given.like),
+        spectrum=terms.values.to(given.like),
+        error=terms.error,
+        excess=terms.excess,
+        solver=terms.solver,
+        bias=None if mean is None else _bias(operand, up, down, mean).to(given.like),
+        balance=balance.to(given.like),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Terms:
+    """Triplets of L T R, and what leaving out those that are not chosen costs."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+    error: float
+    excess: float
+    solver: str
+
+
+def _dtype(given: Operand, *metrics: Metric | None) -> torch.dtype:
+    exact = any(isinstance(metric, Gram | RootGram) for metric in metrics)
+    return precise_dtype(given.like) if exact else given.like.dtype
+
+
+def _form(metric: Metric | None, size: int, damping: float, operand: Operand) -> Tensor | None:
+    return None if metric is None else metric.form(size, damping, operand.like)
+
+
+def _chosen(select: Select, rank: int | None, operand: Operand) -> Tensor:
+    """Return the indices of the selected terms."""
+    size, device = operand.size, operand.like.device
+    if isinstance(select, str):
+        if select not in ("top", "bottom") or rank is None:
+            raise InvalidOption(
+                f"select {select!r} with rank {rank}: give 'top' or 'bottom' and a rank, or indices"
+            )
+        require_rank(rank, size, "the number of terms")
+        start = 0 if select == "top" else size - rank
+        return torch.arange(start, start + rank, device=device)
+    indices = torch.as_tensor(select, device=device)
+    if indices.dtype == torch.bool:
+        if indices.shape != (size,):
+            raise InvalidOption(f"a mask of shape {tuple(indices.shape)} does not fit {size} terms")
+        indices = indices.nonzero()[:, 0]
+    if (
+        not len(indices)
+        or indices.unique().shape != indices.shape
+        or indices.min() < 0
+        or indices.max() >= size
+    ):
+        raise InvalidOption(f"the selected terms must be different indices in 0..{size - 1}, at least one")
+    if rank not in (None, len(indices)):
+        raise InvalidOption(f"rank {rank} is not the number of selected terms, {len(indices)}")
+    return indices
+
+
+def _exact(weighed: Operand, chosen: Tensor) -> _Terms:
+    left, values, right = weighed.svd()
+    signs = column_signs(left)
+    rest = torch.ones_like(values).index_fill(0, chosen, 0)
+    solver = "exact" if isinstance(weighed, DenseOperand) else "factored"
+    return _Terms(left * signs, values, right * signs.T, float((values * rest).norm()), 0.0, solver)
+
+
+def _randomised(
+    weighed: DenseOperand,
+    chosen: Tensor,
+    select: Select,
+    iterations: int | None,
+    tolerance: float | None,
+    generator: torch.Generator | None,
+) -> _Terms:
+    if not isinstance(select, str) or select != "top":
+        raise InvalidOption("the randomised solver finds the top terms alone; take solver='exact' for others")
+    rank, matrix = len(chosen), weighed.matrix
+    left, values, right = randomised_svd(
+        matrix, rank, iterations=ITERATIONS if iterations is None else iterations, generator=generator
+    )
+    remainder = matrix - left[:, :rank] * values[:rank] @ right[:rank]
+    error, excess = float(remainder.norm()), _excess(remainder, values, right[:rank])
+    if tolerance is not None and excess > tolerance:
+        return _exact(weighed, chosen)
+    signs = column_signs(left)
+    return _Terms(left * signs, values, right * signs.T, error, excess, "randomised")
+
+
+def _excess(remainder: Tensor, values: Tensor, right: Tensor) -> float:
+    """Return by what share the norm of the remainder M - U S V^T may be above the smallest possible.
+
+    With rho_i = |remainder v_i|, the off-diagonal block of M M^T in the bases of U and its complement has the
+    columns S_i rho_i. Rotating it away moves energy of at most S_i rho_i into term i, and of about
+    (S_i rho_i)^2 / (S_i^2 - S_{r+1}^2) where there is a gap.
+    """
+    rank = len(right)
+    coupling = values[:rank] * (remainder @ right.T).norm(dim=0)
+    following = values[rank] if len(values) > rank else torch.zeros_like(values[0])
+    gap = (values[:rank].square() - following.square()).clamp(min=torch.finfo(values.dtype).tiny)
+    gained = (coupling * (coupling / gap).clamp(max=1)).sum()
+    energy = remainder.square().sum()
+    rounding = null_level(values, max(remainder.shape)).square().sum()
+    if energy <= rounding:
+        return 0.0
+    return float((energy / (energy - gained).clamp(min=rounding)).sqrt() - 1)
+
+
+def _factors(
+    operand: Operand, forms: tuple[Tensor | None, Tensor | None], terms: _Terms, chosen: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return up, down and the balance of the selected terms."""
+    left, right = forms
+    level = null_level(terms.values, max(operand.shape))
+    values, alive = terms.values[chosen], terms.values[chosen] > level
+    root = values.sqrt()
+    if left is None and right is None:
+        up, down = terms.left[:, chosen], values[:, None] * terms.right[chosen]
+    elif left is None:
+        up, down = _projected(operand, terms.left, int((terms.values > level).sum()), chosen)
+    elif right is None:
+        coright, coleft = _projected(
+            operand.transposed(), terms.right.T, int((terms.values > level).sum()), chosen
+        )
+        up, down, root = coleft.T, coright.T, root.reciprocal()
+    else:
+        up = operand.onto(before(right, terms.right[chosen].T)) * torch.where(alive, 1 / values, 0)
+        down = operand.under(after(terms.left[:, chosen].T, left))
+    return up, down, torch.where(alive, root, _even(up, down))
+
+
+def _projected(operand: Operand, basis: Tensor, alive: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return U_I and U_I^T T, the directions beyond the alive ones being the largest of the rest."""
+    if int(chosen.max()) >= alive:
+        rest = operand.without_range(basis[:, :alive]).svd()[0]
+        basis = completed_basis(basis[:, :alive], rest[:, : basis.shape[1] - alive])
+    up = basis[:, chosen]
+    return up, operand.under(up.T)
+
+
+def _even(up: Tensor, down: Tensor) -> Tensor:
+    """Return the factor of every term that makes its two norms equal, 0 where one is zero."""
+    tall, wide = up.norm(dim=0), down.norm(dim=1)
+    return torch.where((tall > 0) & (wide > 0), wide / tall, 0).sqrt()
+
+
+def _bias(operand: Operand, up: Tensor, down: Tensor, mean: Tensor) -> Tensor:
+    """Return (T - X) mean."""
+    if mean.shape != (operand.shape[1],):
+        raise InvalidOption(f"a mean of shape {tuple(mean.shape)} needs {operand.shape[1]} entries")
+    column = require_finite(mean, "the mean of the inputs").to(up)[:, None]
+    return (operand.onto(column) - up @ (down @ column))[:, 0]

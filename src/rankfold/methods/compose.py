@@ -1,0 +1,120 @@
+"""Which points of the space make sense, decided from what the methods say of themselves."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import Incompatible
+from .registry import Method
+
+_STARTS = {
+    "zero": "a product that is zero",
+    "residual": "factors whose product is subtracted from the base",
+    "displaced": "factors that move the base",
+    "frame": "two outer factors of the weight",
+    "displaced frame": "two outer factors and a core that moves the base",
+    "gated": "a product behind a gate that is zero",
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A method with its options filled in."""
+
+    method: Method
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.method.name
+
+    def trait(self, name: str) -> Any:
+        """Return what the method declares of itself."""
+        return self.method.traits[name]
+
+
+def check(
+    structure: Chosen, init: Chosen | None, ranks: Chosen | None, dynamics: Sequence[Chosen]
+) -> None:
+    """Refuse a point that makes no sense.
+
+    Raises:
+        Incompatible: with the reason.
+    """
+    for reason in reasons(structure, init, ranks, dynamics):
+        raise Incompatible(reason)
+
+
+def reasons(
+    structure: Chosen, init: Chosen | None, ranks: Chosen | None, dynamics: Sequence[Chosen]
+) -> Iterator[str]:
+    """Yield why a point makes no sense."""
+    if init is not None:
+        yield from _of_init(structure, init, ranks, dynamics)
+    if ranks is not None:
+        yield from _of_ranks(structure, ranks)
+    for each in dynamics:
+        yield from _of_dynamics(structure, ranks, each)
+    yield from _between(dynamics)
+
+
+def _of_init(
+    structure: Chosen, init: Chosen, ranks: Chosen | None, dynamics: Sequence[Chosen]
+) -> Iterator[str]:
+    starts, gives = structure.trait("starts"), init.trait("gives")
+    if not starts:
+        yield f"{structure.name} has no factors to initialise, so {init.name} has no meaning for it"
+    elif "gated" in gives and "zero" in starts:
+        if ranks is None or not ranks.trait("dynamic"):
+            yield f"{init.name} starts behind a gate that is zero, and only a dynamic rank rule has gates"
+    elif not set(gives) & set(starts):
+        given, wanted = (" or ".join(_STARTS[g] for g in names) for names in (gives, starts))
+        yield f"{structure.name} cannot start from {init.name}: it gives {given}, and the structure needs {wanted}"
+    needed = init.trait("dynamics")
+    if needed and needed not in [d.name for d in dynamics]:
+        yield f"{init.name} makes sense with the dynamics {needed} only: write {init.name}/dynamics={needed}"
+
+
+def _of_ranks(structure: Chosen, ranks: Chosen) -> Iterator[str]:
+    if structure.trait("rank") is None:
+        yield f"{structure.name} has no rank that {ranks.name} could share out"
+    elif ranks.trait("dynamic") and not structure.trait("pairs"):
+        yield f"{ranks.name} gates the terms of a trained product of two factors, and {structure.name} has none"
+    elif ranks.trait("entries")(ranks.options) and not structure.trait("entries"):
+        yield (
+            f"{ranks.name} also prunes the trained leaf that meets the input, and {structure.name} has none; "
+            "switch that part off in its options"
+        )
+
+
+def _of_dynamics(structure: Chosen, ranks: Chosen | None, each: Chosen) -> Iterator[str]:
+    pairs, has = each.trait("pairs"), structure.trait("pairs")
+    if pairs == "terms" and has != "terms":
+        yield (
+            f"{each.name} acts on a product of two trained factors that is a term of the weight, and "
+            f"{structure.name} has none"
+        )
+    elif pairs and not has:
+        yield f"{each.name} acts on a product of two trained factors, and {structure.name} has none"
+    if each.trait("sides") and not structure.trait("sides"):
+        yield f"{each.name} tells the output side from the input side, and {structure.name} trains on one only"
+    if each.trait("moves_base") and structure.trait("activations"):
+        yield f"{each.name} moves changes into stored weights, and {structure.name} changes activations"
+    if ranks is not None and ranks.trait("dynamic") and not each.trait("gates"):
+        yield f"{each.name} needs the factors alone, and {ranks.name} puts a gate between them"
+
+
+def _between(dynamics: Sequence[Chosen]) -> Iterator[str]:
+    names = [d.name for d in dynamics]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        yield f"the dynamics {twice[0]} is given twice"
+    for first, second in itertools.combinations(dynamics, 2):
+        if first.trait("owns_step") and second.trait("owns_step"):
+            yield f"{first.name} and {second.name} both replace the optimizer's step"
+        if second.name in first.trait("excludes") or first.name in second.trait("excludes"):
+            yield f"{first.name} and {second.name} undo each other's effect"

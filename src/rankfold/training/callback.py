@@ -1,0 +1,55 @@
+"""Dynamics and dynamic ranks inside transformers' Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rankfold.errors import MissingDependency
+from rankfold.layers import adaptation_of
+from rankfold.methods import attach
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback as Base
+
+
+def TrainerCallback(**given: Any) -> Base:  # noqa: N802  # stands where the library's class of that name would
+    """Return a callback that attaches the adapter's dynamics to a Trainer's optimizer while it trains.
+
+    What the dynamics remember is in the optimizer's state, so the Trainer's checkpoints resume them.
+
+    Args:
+        given: `validation` and `loss`, as `attach` takes them; steps and scheduler are the Trainer's.
+
+    Raises:
+        MissingDependency: transformers is not installed.
+
+    Example:
+        >>> import rankfold as rf
+        >>> rf.TrainerCallback()  # doctest: +ELLIPSIS
+        <...AttachedTraining object at ...>
+    """
+    try:
+        from transformers import TrainerCallback as Base
+    except ImportError:
+        raise MissingDependency(
+            "the Trainer's callback needs transformers: pip install 'rankfold[transformers]'"
+        ) from None
+
+    class AttachedTraining(Base):
+        """Attaches when training begins and lets go when it ends."""
+
+        handle: Any = None
+
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None, **kwargs: Any
+        ) -> None:
+            """Attach to the optimizer, whose state has been loaded where training resumes."""
+            adapted = next(m for m in model.modules() if adaptation_of(m) is not None)
+            scheduler = kwargs.get("lr_scheduler")
+            self.handle = attach(adapted, optimizer, total_steps=state.max_steps, scheduler=scheduler, **given)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Let the methods finish."""
+            self.handle.remove()
+
+    return AttachedTraining()
