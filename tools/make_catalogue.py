@@ -1,18 +1,27 @@
-"""Write docs/methods.md from what every method says of itself; `--check` says whether it is up to date."""
+"""Write docs/methods.md and docs/composition.md from the catalogue; `--check` says whether they are up to date."""
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
 
 import rankfold as rf
+from rankfold.methods import space
 
-PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
+DOCS = Path(__file__).parent.parent / "docs"
 HEAD = """# The methods
 
 Written by `make docs` from what every method says of itself; do not edit it.
-Any structure goes with any initialiser that gives a start which it accepts; `rf.adapt` refuses the rest with
-a sentence. Options of a structure are keyword arguments of `rf.adapt`, and `--set structure.option=value` on
-the command line.
+What goes with what is in [composition.md](composition.md). Options of a structure are keyword arguments of
+`rf.adapt`; options of any part are given by `rf.Recipe(init=("lora-ga", {"gamma": 64}))`, and by
+`--set init.gamma=64` on the command line.
+"""
+SPACE = """# What goes with what
+
+Written by `make docs` from what every method says of itself; do not edit it. A point of the space is
+`structure/init/ranks/dynamics`, such as `dora/pissa/adalora/lora+`. Below, for every two axes, which methods go
+together, and the sentence with which `rf.adapt` refuses the others; the tests run every accepted pair from its
+start to its end. `rankfold methods --compose` prints the same.
 """
 
 
@@ -58,16 +67,43 @@ def _given(method: rf.Method, trait: str) -> list[Any]:
     return [value] if value else []
 
 
+def composition() -> str:
+    verdicts = list(space.pairs())
+    parts = [SPACE]
+    for one, other in itertools.combinations(space.AXES, 2):
+        mine = [v for v in verdicts if (v.first.axis, v.second.axis) == (one, other)]
+        parts.append(f"## {one} x {other}\n\n{_matrix(mine)}\n")
+        parts += [f"- `{v.recipe.text()}`: {v.reason}." for v in mine if not v.accepted]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _matrix(verdicts: list[space.Verdict]) -> str:
+    columns = list(dict.fromkeys(v.second.name for v in verdicts))
+    rows: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        rows.setdefault(verdict.first.name, []).append("yes" if verdict.accepted else "")
+    head = f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}"
+    return "\n".join([head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
+
+
 def main() -> int:
-    text = page()
+    stale = [name for name, text in PAGES.items() if not _is(DOCS / name, text())]
     if "--check" in sys.argv[1:]:
-        stale = not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text
-        print(f"{PAGE.name} is out of date: run make docs" if stale else f"{PAGE.name} is up to date")
-        return int(stale)
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(text, encoding="utf-8")
-    print(f"wrote {PAGE}")
+        print(f"{', '.join(stale)} out of date: run make docs" if stale else f"{', '.join(PAGES)} up to date")
+        return int(bool(stale))
+    DOCS.mkdir(exist_ok=True)
+    for name, text in PAGES.items():
+        (DOCS / name).write_text(text(), encoding="utf-8")
+        print(f"wrote {DOCS / name}")
     return 0
+
+
+def _is(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+PAGES = {"methods.md": page, "composition.md": composition}
 
 
 if __name__ == "__main__":

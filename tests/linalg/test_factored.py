@@ -112,5 +112,5 @@ def test_what_cannot_be_squeezed_is_refused() -> None:
         squeeze_factors(up, down, 2, scale_in=0.0)
     with pytest.raises(InvalidOption, match=r"\(5, 3\) and \(4, 4\) do not multiply"):
         squeeze_factors(up, normal(4, 4), 2)
-    with pytest.raises(InvalidOption, match="the down factor of shape .* holds NaN"):
+    with pytest.raises(InvalidOption, match=r"the down factor of shape .* holds NaN"):
         factored_svd(up, down.log())

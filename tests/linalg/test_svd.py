@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rankfold.errors import InvalidOption
 from rankfold.linalg import range_finder, truncated_svd
 
 
@@ -98,6 +99,13 @@ def test_a_matrix_of_lower_rank_and_a_matrix_of_zeros_have_finite_triplets(itera
 def test_a_rank_that_the_matrix_does_not_have_is_refused(rank: int) -> None:
     with pytest.raises(ValueError, match=rf"rank {rank} is not in 1\.\.min\(m, n\) = 3"):
         truncated_svd(normal(3, 5), rank)
+
+
+@pytest.mark.parametrize("iterations", [None, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_named(value: float, iterations: int | None) -> None:
+    with pytest.raises(InvalidOption, match=r"the matrix of shape \(2, 3\) holds NaN or infinite entries"):
+        truncated_svd(torch.full((2, 3), value), 1, iterations=iterations)
 
 
 def test_the_dtype_of_the_matrix_is_kept() -> None:

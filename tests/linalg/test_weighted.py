@@ -155,8 +155,10 @@ def test_with_two_metrics_the_split_divides_by_both() -> None:
 
 
 def test_a_gram_matrix_and_its_root_as_metrics_are_different_problems() -> None:
-    target, inputs = normal(8, 6), gram(6, 9) * torch.logspace(0, 2, 6, dtype=torch.float64).outer(
-        torch.logspace(0, 2, 6, dtype=torch.float64)
+    target, inputs = (
+        normal(8, 6),
+        gram(6, 9)
+        * torch.logspace(0, 2, 6, dtype=torch.float64).outer(torch.logspace(0, 2, 6, dtype=torch.float64)),
     )
     outputs = psd_root(inputs)
     errors = {
@@ -368,11 +370,14 @@ EYE = torch.eye(2)
         ({"damping": -1.0}, "damping must be at least 0"),
         ({"select": "middle"}, "select 'middle'"),
         ({"select": [0, 0]}, "different indices"),
+        ({"select": [], "rank": None}, "at least one"),
+        ({"select": [0.5], "rank": None}, "different indices"),
         ({"select": [2], "rank": None}, r"in 0\.\.1"),
         ({"select": [0, 1]}, "rank 1 is not the number of selected terms, 2"),
         ({"select": torch.tensor([True])}, r"a mask of shape \(1,\)"),
         ({"rank": None}, "with rank None"),
         ({"select": "bottom", "solver": "randomised"}, "the top terms alone"),
+        ({"iterations": -1, "solver": "randomised"}, "iterations must be at least 0"),
         ({"solver": "fast"}, "solver must be"),
         ({"mean": torch.ones(3)}, r"a mean of shape \(3,\) needs 2"),
     ],

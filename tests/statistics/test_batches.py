@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import Incompatible, InvalidOption, RankfoldError, UnknownTarget
+from rankfold.errors import Incompatible, InvalidOption, RankfoldError, UnknownTarget, UnsupportedLayer
 from rankfold.statistics import collect
 
 PATH = "blocks.0.q"
@@ -135,6 +135,7 @@ def test_batches_without_labels_are_refused_where_gradients_are_asked_for(
         ({"nan": "ignore"}, InvalidOption, "nan must be"),
         ({"every": 0}, InvalidOption, "every must be"),
         ({"targets": "nothing"}, UnknownTarget, "matches nothing"),
+        ({"targets": "blocks"}, UnsupportedLayer, r"blocks\.0: Block holds no single weight"),
         ({"batches": []}, InvalidOption, "no batches"),
         ({"batches": iter(())}, InvalidOption, "no batches"),
         ({"batches": {"x": torch.ones(1, 5, 6)}}, InvalidOption, "put it in a list"),

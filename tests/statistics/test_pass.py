@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankfold.errors import BaseMismatch, FormatError, Incompatible, InvalidOption, MissingPath, UnsupportedLayer
+from rankfold.errors import (
+    BaseMismatch,
+    FormatError,
+    Incompatible,
+    InvalidOption,
+    MissingPath,
+    UnsupportedLayer,
+)
 from rankfold.statistics import REDUCERS, NotCollected, NotFinite, Statistics, collect, sequentially
-from rankfold.statistics.reducers import Gradient, Seen
+from rankfold.statistics.reducers import Reducer, Seen, reducer
 from rankfold.statistics.storage import tensors_of
 
 Batches = list[dict[str, Tensor]]
@@ -41,7 +49,9 @@ def hook_count(model: nn.Module) -> int:
 
 
 def fingerprint(model: nn.Module) -> list[Any]:
-    flags = [(p.requires_grad, None if p.grad is None else p.grad.clone(), p._version) for p in model.parameters()]
+    flags = [
+        (p.requires_grad, None if p.grad is None else p.grad.clone(), p._version) for p in model.parameters()
+    ]
     return [[m.training for m in model.modules()], hook_count(model), flags, torch.get_rng_state().tolist()]
 
 
@@ -74,7 +84,7 @@ def test_they_are_as_before_after_an_error_too(
         if where == "loss":
             fail()
         found: Tensor = model(**batch)["loss"]
-        if where == "backward":
+        if where == "backward" and found.requires_grad:
             found.register_hook(fail)
         return found
 
@@ -154,21 +164,60 @@ def test_inputs_that_are_one_at_first_and_two_later_are_an_error() -> None:
     assert found["b"].get("gradient").any()
 
 
-def test_no_more_than_one_dense_gradient_is_alive(net: nn.Module, batches: Batches, monkeypatch: Any) -> None:
-    alive: list[weakref.ref[Tensor]] = []
-    most: list[int] = []
+class Alive(TorchDispatchMode):
+    """Counts the storages of one size that are alive at once."""
 
-    def update(self: Gradient, seen: Seen) -> None:
-        held = sum(ref() is not None for ref in alive)
-        most.append(held + sum(p.grad is not None for p in net.parameters()))
-        alive.append(weakref.ref(seen.gradient if seen.gradient._base is None else seen.gradient._base))
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.most = numbers, 0
+        self.storages: set[StorageWeakRef] = set()
 
-    monkeypatch.setattr(REDUCERS["gradient"], "update", update)
-    monkeypatch.setattr(REDUCERS["gradient"], "sums", {"sum": torch.ones(())}, raising=False)
-    with pytest.raises(UnsupportedLayer):
-        collect(net, batches, "gradient")  # this reducer keeps nothing
-    assert len(most) == 10 * len(batches)
-    assert max(most) == 0
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and look at what it makes."""
+        out = op(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.numel() == self.numbers:
+            self.storages.add(StorageWeakRef(out.untyped_storage()))
+        self.storages = {storage for storage in self.storages if not storage.expired()}
+        self.most = max(self.most, len(self.storages))
+        return out
+
+
+def alive(depth: int, what: str) -> int:
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(depth)))
+    mode = Alive(32 * 32)
+    with mode:
+        collect(model, [torch.ones(1, 32)] * 2, what, loss=lambda m, x: m(x).pow(2).sum())
+    return mode.most - depth  # the weights
+
+
+def test_gradients_are_consumed_one_weight_at_a_time() -> None:
+    assert alive(12, "sensitivity") == alive(2, "sensitivity")
+    assert alive(12, "squared_gradient_rows") == alive(2, "squared_gradient_rows")
+    assert alive(12, "gradient") == alive(2, "gradient") + 10  # the sums themselves
+
+
+def test_a_new_statistic_is_one_class(net: nn.Module, batches: Batches, tmp_path: Path) -> None:
+    class Largest(Reducer):
+        side = "gradient"
+
+        def layout(self, out: int, columns: int) -> dict[str, tuple[int, ...]]:
+            return {"total": ()}
+
+        def update(self, seen: Seen) -> None:
+            self.add("total", seen.gradient.abs().max())
+
+        def value(self, batches: int) -> Tensor:
+            return self.sums["total"] / batches
+
+    reducer("largest")(Largest)
+    try:
+        found = collect(net, batches, ["largest", "gradient"])
+        found.save(tmp_path / "file")
+        same(Statistics.load(tmp_path / "file"), found)
+        for entry in found.values():
+            assert float(entry.get("largest")) >= float(entry.get("gradient").abs().max())
+    finally:
+        del REDUCERS["largest"]
 
 
 # Numbers that are none --------------------------------------------------------------------------------
@@ -268,12 +317,22 @@ def test_skipped_batches_are_not_counted_again(net: nn.Module, batches: Batches,
     bad, file = poisoned(batches), tmp_path / "partial"
     with pytest.raises(KeyboardInterrupt):
         collect(net, stopping(bad, 2), "gradient", resume=file, nan="skip")
-    same(
-        collect(net, bad, "gradient", resume=file, nan="skip"), collect(net, bad, "gradient", nan="skip")
-    )
+    same(collect(net, bad, "gradient", resume=file, nan="skip"), collect(net, bad, "gradient", nan="skip"))
 
 
-def test_an_interrupt_within_a_batch_waits_for_its_end(net: nn.Module, batches: Batches, tmp_path: Path) -> None:
+def test_a_loader_without_a_length_is_run_through(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            yield from torch.ones(5, 3)
+
+    model = nn.Sequential(nn.Linear(3, 2))
+    found = collect(model, torch.utils.data.DataLoader(Stream(), batch_size=2), "input_mean")
+    assert (found.batches, found["0"].tokens) == (3, 5)
+
+
+def test_an_interrupt_within_a_batch_waits_for_its_end(
+    net: nn.Module, batches: Batches, tmp_path: Path
+) -> None:
     file, calls = tmp_path / "partial", [0]
 
     def interrupted(model: nn.Module, batch: Any) -> Tensor:
@@ -306,8 +365,8 @@ def test_half_a_batch_is_never_written(net: nn.Module, batches: Batches, tmp_pat
     with pytest.raises(Boom):
         collect(net, batches, EVERYTHING, resume=file, loss=broken, every=2)
     assert Statistics.load(file).batches == 2
+    calls[0] = 3
     with pytest.raises(Boom):
-        calls[0] = 3
         collect(net, batches, EVERYTHING, resume=tmp_path / "none", loss=broken, every=1)
     assert not (tmp_path / "none").exists()
 
@@ -404,7 +463,7 @@ def test_layers_may_be_replaced_between_groups(net: nn.Module, batches: Batches)
     for paths, found in sequentially(net, batches, "input_gram"):
         seen += [path for path in paths if found[path].tokens]
         rf.adapt(net, "lora", rank=2, targets=paths, name=paths[0].replace(".", "_"))
-    assert len(seen) == 10
+    assert len(seen) == 11
 
 
 def test_batches_for_many_passes_cannot_be_an_iterator(net: nn.Module, batches: Batches) -> None:
@@ -418,7 +477,7 @@ def test_a_layer_that_no_batch_reaches_says_so(net: nn.Module, batches: Batches)
     net.spare = nn.Linear(6, 6).double()
     found = collect(net, batches, ["input_mean", "gradient"])
     for name in ("input_mean", "gradient"):
-        with pytest.raises(NotCollected, match="spare: no (token|gradient) of any batch reached it"):
+        with pytest.raises(NotCollected, match=r"spare: no (token|gradient) of any batch reached it"):
             found["spare"].get(name)
     with pytest.raises(UnsupportedLayer, match="no batch reached any"):
         collect(net, batches, "input_mean", targets="spare")

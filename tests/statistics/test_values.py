@@ -92,7 +92,9 @@ def test_gradient_statistics_are_those_of_the_mean_losses(net: nn.Module, batche
 
 def test_fisher_weights_are_tokens_without_labels_and_examples_without_masks() -> None:
     model = nn.Sequential(nn.Linear(3, 2)).double()
-    x = [torch.randn(n, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (1, 3)]
+    x = [
+        torch.randn(n, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (1, 3)
+    ]
     each = [torch.autograd.grad((model(v) ** 2).mean(), model[0].weight)[0] for v in x]
 
     def fisher(batches: list[Any], **options: Any) -> Tensor:

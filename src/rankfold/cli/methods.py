@@ -9,6 +9,7 @@ from rich.table import Table
 
 import rankfold as rf
 from rankfold.errors import InvalidOption
+from rankfold.methods import space
 
 
 def methods(
@@ -18,9 +19,15 @@ def methods(
     axis: Annotated[
         str | None, typer.Option(help="structure, init, ranks, dynamics, ...", show_default=False)
     ] = None,
+    compose: Annotated[
+        bool, typer.Option("--compose", help="Which methods go together, and why the others do not.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     """List the methods, or show one: formula, paper, options."""
+    if compose:
+        _compose(name, axis, as_json)
+        return
     if name is not None:
         method = rf.find_method(name)
         typer.echo(_json(method.to_dict()) if as_json else _page(method))
@@ -30,6 +37,21 @@ def methods(
         typer.echo(_json([method.to_dict() for method in found]))
     else:
         Console().print(_table(found))
+
+
+def _compose(name: str | None, axis: str | None, as_json: bool) -> None:
+    if name is None and axis is None and not as_json:
+        typer.echo(space.table())
+        return
+    found = [v for v in space.pairs() if axis in (None, v.first.axis, v.second.axis)]
+    if name is not None:
+        rf.find_method(name)
+        wanted = name.rpartition("=")[2]
+        found = [v for v in found if wanted in (v.first.name, v.second.name)]
+    if as_json:
+        typer.echo(_json([verdict.to_dict() for verdict in found]))
+    else:
+        typer.echo("\n".join(f"{v.recipe.text()}: {v.reason or 'works'}" for v in found))
 
 
 def _of_axis(found: list[Any], axis: str | None) -> list[Any]:

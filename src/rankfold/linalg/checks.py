@@ -41,6 +41,19 @@ def require_rank(rank: int, limit: int, of: str = "min(m, n)") -> int:
     return rank
 
 
+def require_indices(indices: Tensor, size: int, name: str) -> Tensor:
+    """Return different integer indices in 0..size - 1, at least one.
+
+    Raises:
+        InvalidOption: they are something else.
+    """
+    whole = indices.dim() == 1 and not (indices.is_floating_point() or indices.dtype == torch.bool)
+    inside = whole and bool(((indices >= 0) & (indices < size)).all())
+    if not inside or not len(indices) or len(indices.unique()) != len(indices):
+        raise InvalidOption(f"{name} must be different indices in 0..{size - 1}, at least one")
+    return indices
+
+
 def exact_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype that the tensors are computed in together: float32 or better."""
     dtype = torch.float32

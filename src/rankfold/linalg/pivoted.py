@@ -53,8 +53,8 @@ def pivoted_qr(matrix: Tensor, rank: int, *, backend: Literal["torch", "lapack"]
     Args:
         matrix: W (m, n).
         rank: r.
-        backend: "torch", own, which stops after r steps and runs on the device of the matrix; or "lapack", geqp3
-            through scipy on the CPU, faster for ranks near min(m, n).
+        backend: "torch", own, which stops after r steps and runs on the device of the matrix; or "lapack",
+            geqp3 through scipy on the CPU, faster for ranks near min(m, n).
 
     Raises:
         InvalidRank: the rank is not in 1..min(m, n).
@@ -72,9 +72,9 @@ def pivoted_qr(matrix: Tensor, rank: int, *, backend: Literal["torch", "lapack"]
     matrix = matrix.to(exact_dtype(matrix))
     if backend not in ("torch", "lapack"):
         raise InvalidOption(f"backend must be torch or lapack, not {backend!r}")
-    # Measured on one core, 384 to 2048 rows and columns: same pivots, same error and orthogonality. LAPACK always
-    # factors the whole matrix, so it takes 6 to 35 times longer at rank 8, as long at a rank of a sixth to
-    # a third of min(m, n), and a fifth at a rank near it. The default does not depend on what is installed.
+    # Measured on one core, 384 to 2048 rows and columns: same pivots, same error and orthogonality. LAPACK
+    # always factors the whole matrix, so it takes 6 to 35 times longer at rank 8, as long at a sixth to
+    # a third of min(m, n), and a fifth near it. The default does not depend on what is installed.
     solve = _own_qr if backend == "torch" else _lapack_qr
     basis, triangle, columns = solve(matrix, rank)
     return _divided(
@@ -186,8 +186,8 @@ def pivoted_lu(matrix: Tensor, rank: int, *, pivoting: Literal["complete", "rows
 
 def _complete_pivots(matrix: Tensor, rank: int) -> Pivoted:
     """Subtract the cross through the largest entry of what remains, r times."""
-    # LAPACK's getc2, in scipy, takes square matrices only and always factors the whole; measured at 384 x 384 it
-    # takes 3.5 times as long as this at rank 8, and a seventh at rank 384. The pivots are the same.
+    # LAPACK's getc2, in scipy, takes square matrices only and always factors the whole; measured at 384 x 384
+    # it takes 3.5 times as long as this at rank 8, and a seventh at rank 384. The pivots are the same.
     rest, (rows, columns) = matrix.clone(), matrix.shape
     left, upper = matrix.new_zeros(rows, rank), matrix.new_zeros(rank, columns)
     crosses = list[tuple[int, int]]()
@@ -207,7 +207,8 @@ def _complete_pivots(matrix: Tensor, rank: int) -> Pivoted:
 
 def _row_pivots(matrix: Tensor, rank: int) -> Pivoted:
     """Factor the first r columns with torch, and solve for the rest of the upper factor."""
-    packed, swaps = torch.linalg.lu_factor(matrix[:, :rank])
+    # The form that does not raise at a pivot of zero.
+    packed, swaps, _ = torch.linalg.lu_factor_ex(matrix[:, :rank])
     order = torch.arange(matrix.shape[0])
     for place, other in enumerate((swaps - 1).tolist()):
         order[[place, other]] = order[[other, place]]

@@ -65,10 +65,9 @@ def proportional(
     if least.sum() * multiple > total:
         raise InvalidOption(f"the total {total} is below {least.sum() * multiple}, the sum of the minima")
     units = min(total // multiple, int(most.sum()))
-    shares = _clipped(
-        np.maximum(wanted, FAINT * wanted.max()) if wanted.any() else wanted + 1, units, least, most
-    )
-    return [int(share) * multiple for share in _whole(shares, units, least, most)]
+    relative = np.maximum(wanted / wanted.max(), FAINT) if wanted.any() else np.ones_like(wanted)
+    shares = _clipped(relative, units, least, most)
+    return [int(share) * multiple for share in _whole(shares, wanted, units, least, most)]
 
 
 def top_counts(
@@ -151,15 +150,18 @@ def _rising(sums: Numbers, knots: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def _whole(
-    shares: Numbers, units: int, least: NDArray[np.int64], most: NDArray[np.int64]
+    shares: Numbers, wanted: Numbers, units: int, least: NDArray[np.int64], most: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return the shares rounded by largest remainders, within the bounds, summing to the units."""
+    """Return the shares rounded by largest remainders, within the bounds, summing to the units.
+
+    Among equal remainders the larger weight comes first, then the earlier one.
+    """
     whole = np.clip(np.floor(shares).astype(np.int64), least, most)
     remainders = shares - whole
     while (missing := units - int(whole.sum())) != 0:
         step = 1 if missing > 0 else -1
         open_ = whole < most if step > 0 else whole > least
-        order = np.lexsort((np.arange(len(whole)), -step * shares, -step * np.round(remainders, 9)))
+        order = np.lexsort((np.arange(len(whole)), -step * wanted, -step * np.round(remainders, 9)))
         moved = [index for index in order if open_[index]][: abs(missing)]
         whole[moved] += step
         remainders[moved] -= step

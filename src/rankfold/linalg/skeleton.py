@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidOption
-from .checks import exact_dtype, require_matrix, require_rank
+from .checks import exact_dtype, require_indices, require_matrix, require_rank
 from .pivoted import pivoted_qr
 
 
@@ -143,8 +143,7 @@ def _lines(
 
 
 def _indices(given: Sequence[int] | Tensor, rank: int, size: int, device: torch.device) -> Tensor:
-    indices = torch.as_tensor(given, device=device)
-    inside = bool(((indices >= 0) & (indices < size)).all())
-    if indices.shape != (rank,) or len(indices.unique()) != rank or not inside:
-        raise InvalidOption(f"the rows or columns must be {rank} different indices in 0..{size - 1}")
+    indices = require_indices(torch.as_tensor(given, device=device), size, "rows and columns")
+    if len(indices) != rank:
+        raise InvalidOption(f"{len(indices)} rows or columns do not make a skeleton of rank {rank}")
     return indices

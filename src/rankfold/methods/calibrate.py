@@ -13,8 +13,9 @@ from ..errors import Incompatible, InvalidOption
 from ..layers import adaptation_of, disabled
 from ..statistics import Statistics, WeightStatistics, collect
 from .recipe import Resolved
-from .registry import Need, needs_of
+from .registry import needs_of
 
+Wanted = str | tuple[str, dict[str, Any]]  # as `collect` takes it
 Collected = dict[str, dict[str, WeightStatistics]]
 
 
@@ -35,7 +36,7 @@ class Calibration:
     progress: bool = True
 
 
-def needed(resolved: Resolved, asked: int | None, largest: int) -> dict[str, list[Need]]:
+def needed(resolved: Resolved, asked: int | None, largest: int) -> dict[str, list[Wanted]]:
     """Return the statistics that a recipe reads, by data set; "" is the only one.
 
     Args:
@@ -45,7 +46,7 @@ def needed(resolved: Resolved, asked: int | None, largest: int) -> dict[str, lis
     """
     names = needs_of(resolved.init, resolved.init_options, largest)
     names += needs_of(resolved.ranks, resolved.ranks_options, asked or 0)
-    sets: dict[str, list[Need]] = {}
+    sets: dict[str, list[Wanted]] = {}
     for need in names:
         name, options = (need, {}) if isinstance(need, str) else need
         statistic, _, data = name.partition("@")
@@ -55,7 +56,7 @@ def needed(resolved: Resolved, asked: int | None, largest: int) -> dict[str, lis
     return sets
 
 
-def check_given(resolved: Resolved, sets: Mapping[str, list[Need]], given: Calibration) -> None:
+def check_given(resolved: Resolved, sets: Mapping[str, list[Wanted]], given: Calibration) -> None:
     """Refuse data or a learning rate that is missing, and what would be ignored.
 
     Raises:
@@ -70,13 +71,14 @@ def check_given(resolved: Resolved, sets: Mapping[str, list[Need]], given: Calib
         raise InvalidOption(f"{who} reads {' and '.join(names)}: pass {_wanted(sets)}")
     if given.data is not None and not sets:
         raise Incompatible(f"{point} reads no data; leave data= away")
-    by_name = isinstance(given.data, Mapping) and not isinstance(given.data, Statistics)
-    if sets and by_name != (set(sets) != {""}) or (by_name and set(given.data) != set(sets)):  # type: ignore
-        raise InvalidOption(f"{point} reads {len(sets)} set of batches: pass {_wanted(sets)}")
-    rate = resolved.init is not None and resolved.init.traits["rate"]
-    if rate and given.learning_rate is None:
-        raise InvalidOption(f"{resolved.init.name} depends on the learning rate: pass lr=")  # type: ignore
-    if given.learning_rate is not None and not rate:
+    data = given.data
+    named = isinstance(data, Mapping) and not isinstance(data, Statistics)
+    if sets and (set(data) if named else {""}) != set(sets):  # type: ignore[arg-type]
+        raise InvalidOption(f"{point} reads {len(sets)} set(s) of batches: pass {_wanted(sets)}")
+    rate = resolved.init if resolved.init and resolved.init.traits["rate"] else None
+    if rate is not None and given.learning_rate is None:
+        raise InvalidOption(f"{rate.name} depends on the learning rate: pass lr=")
+    if given.learning_rate is not None and rate is None:
         raise Incompatible(f"{point} does not depend on the learning rate; leave lr= away")
     if given.learning_rate is not None and not 0 < given.learning_rate < float("inf"):
         raise InvalidOption(f"lr must be a positive finite number, not {given.learning_rate}")
@@ -89,7 +91,7 @@ def _wanted(sets: Mapping[str, Any]) -> str:
 
 
 def collected(
-    model: nn.Module, paths: list[str], sets: Mapping[str, list[Need]], given: Calibration
+    model: nn.Module, paths: list[str], sets: Mapping[str, list[Wanted]], given: Calibration
 ) -> Collected:
     """Return the statistics of every path, by data set.
 
@@ -106,7 +108,7 @@ def collected(
 
 
 def _statistics(
-    model: nn.Module, data: Any, needs: list[Need], paths: list[str], given: Calibration
+    model: nn.Module, data: Any, needs: list[Wanted], paths: list[str], given: Calibration
 ) -> Statistics:
     if isinstance(data, Statistics):
         data.check(model)
@@ -114,7 +116,7 @@ def _statistics(
         if missing:
             raise InvalidOption(f"the statistics given do not cover {missing[0]} ({len(missing)} missing)")
         return data
-    arguments = {"targets": paths, "loss": given.loss, "progress": given.progress}
+    arguments: dict[str, Any] = {"targets": paths, "loss": given.loss, "progress": given.progress}
     if adaptation_of(model) is None:
         return collect(model, data, needs, **arguments)
     with disabled(model), torch.enable_grad():  # the adapter is made for the base

@@ -69,8 +69,8 @@ def _of_init(
     if not starts:
         yield f"{structure.name} has no factors to initialise, so {init.name} has no meaning for it"
     elif "gated" in gives and "zero" in starts:
-        if ranks is None or not ranks.trait("dynamic"):
-            yield f"{init.name} starts behind a gate that is zero, and only a dynamic rank rule has gates"
+        if ranks is None or not _gated(ranks) or not ranks.method.build.opens:  # type: ignore[attr-defined]
+            yield f"{init.name} starts behind a gate that is zero, and only some dynamic rank rules train gates"
     elif not set(gives) & set(starts):
         given, wanted = (" or ".join(_STARTS[g] for g in names) for names in (gives, starts))
         yield f"{structure.name} cannot start from {init.name}: it gives {given}, and the structure needs {wanted}"
@@ -83,12 +83,18 @@ def _of_ranks(structure: Chosen, ranks: Chosen) -> Iterator[str]:
     if structure.trait("rank") is None:
         yield f"{structure.name} has no rank that {ranks.name} could share out"
     elif ranks.trait("dynamic") and not structure.trait("pairs"):
-        yield f"{ranks.name} gates the terms of a trained product of two factors, and {structure.name} has none"
+        acts = "gates" if _gated(ranks) else "changes"
+        yield f"{ranks.name} {acts} the terms of a trained product of two factors, and {structure.name} has none"
     elif ranks.trait("entries")(ranks.options) and not structure.trait("entries"):
         yield (
             f"{ranks.name} also prunes the trained leaf that meets the input, and {structure.name} has none; "
             "switch that part off in its options"
         )
+
+
+def _gated(ranks: Chosen) -> bool:
+    """Whether a rank rule puts gates between the factors."""
+    return bool(ranks.trait("dynamic") and ranks.method.build.gated)  # type: ignore[attr-defined]
 
 
 def _of_dynamics(structure: Chosen, ranks: Chosen | None, each: Chosen) -> Iterator[str]:
@@ -104,7 +110,7 @@ def _of_dynamics(structure: Chosen, ranks: Chosen | None, each: Chosen) -> Itera
         yield f"{each.name} tells the output side from the input side, and {structure.name} trains on one only"
     if each.trait("moves_base") and structure.trait("activations"):
         yield f"{each.name} moves changes into stored weights, and {structure.name} changes activations"
-    if ranks is not None and ranks.trait("dynamic") and not each.trait("gates"):
+    if ranks is not None and _gated(ranks) and not each.trait("gates"):
         yield f"{each.name} needs the factors alone, and {ranks.name} puts a gate between them"
 
 

@@ -32,7 +32,6 @@ from .calibrate import Calibration, check_given, collected, needed
 from .capacity import Allotment, allotted_ranks, asked_rank, largest_rank
 from .checkpoints import Checkpoints
 from .recipe import Resolved
-from .rules import DynamicRanks
 from .site import OutputSite, Place, Planned, Site, derived_seed
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -223,17 +222,15 @@ def _sites(
 ) -> dict[str, Place]:
     if resolved.structure.traits["activations"]:
         return {t.path: _output_site(model, t, common) for t in targets}
-    init = (resolved.init, resolved.init_options) if resolved.init else None
-    return {
-        path: _weight_site(path, layer, init, resolved.moves_base, common) for path, layer in layers.items()
-    }
+    return {path: _weight_site(path, layer, resolved, common) for path, layer in layers.items()}
 
 
 def _weight_site(
-    path: str, layer: StructuredLayer, init: Any, moves_base: bool, common: Mapping[str, Any]
+    path: str, layer: StructuredLayer, resolved: Resolved, common: Mapping[str, Any]
 ) -> Site:
     stored = getattr(layer.original, "weight", None)
     dtype, device = _place_of(stored if isinstance(stored, Tensor) else layer.matrix())
+    moves_base = resolved.moves_base
     if moves_base and isinstance(layer, StructuredForeign):
         raise UnsupportedLayer(
             f"{path} is quantised, and moving changes into it would round them; use a layer in full precision"
@@ -243,7 +240,8 @@ def _weight_site(
         layer=layer,
         base=Moved(layer, layer.matrix().detach().to(dtype)) if moves_base else layer.base(),
         shape=layer.shape,
-        init=init,
+        init=(resolved.init, resolved.init_options) if resolved.init else None,
+        rule=resolved.rule,
         dtype=dtype,
         device=device,
         **common,
@@ -303,19 +301,7 @@ def _build(resolved: Resolved, site: Place, rank: int | None) -> Weight | Branch
     result: Weight | Branch = resolved.structure.build(*arguments, **resolved.options)
     if not isinstance(result, Weight | Branch):
         raise TypeError(f"{resolved.structure.name} returned {type(result).__name__}, not a Weight or a Branch")
-    if resolved.rule is not None and isinstance(result, Weight):
-        _insert_gates(resolved, resolved.rule, site, result)
     return result
-
-
-def _insert_gates(resolved: Resolved, rule: DynamicRanks, site: Place, expression: Weight) -> None:
-    """Put the rule's gates into every trained product; they are called after the product's up factor."""
-    gives = resolved.init.traits["gives"] if resolved.init else ("zero",)
-    start = next((g for g in ("gated", "residual", "displaced") if g in gives), "zero")
-    for pair in list(expression.pairs()):
-        name = f"{pair.up.name.removesuffix('up')}gate" if pair.up.name.endswith("up") else f"{pair.up.name}.gate"
-        own = start if pair.up.initialised else "residual"  # a product with a start of its own keeps it
-        pair.owner.insert_gate(rule.gate(site, name, pair.up.shape[-1], own))
 
 
 def _record(

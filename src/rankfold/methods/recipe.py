@@ -172,7 +172,12 @@ def resolve(method: str | Recipe, options: Mapping[str, Any]) -> Resolved:
     check(structure, init, ranks, dynamics)
     rule = ranks.method.build(**ranks.options) if ranks and ranks.trait("dynamic") else None
     return Resolved(
-        Recipe(_part(structure), _part(init), _part(ranks), tuple(_part(d) for d in dynamics)),  # type: ignore
+        Recipe(
+            (structure.name, dict(structure.options)),
+            _part(init),
+            _part(ranks),
+            tuple((d.name, dict(d.options)) for d in dynamics),
+        ),
         structure.method,
         dict(structure.options),
         init.method if init else None,

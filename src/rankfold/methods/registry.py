@@ -266,6 +266,7 @@ def init(
     rate: bool = False,
     structure: str = "lora",
     dynamics: str | None = None,
+    example: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register an initialiser: `start(site, rank, scaling, *, options) -> Factors | Basis`.
@@ -281,10 +282,14 @@ def init(
         rate: it depends on the learning rate.
         structure: the structure that is meant where a point names the initialiser alone.
         dynamics: the dynamics that it cannot do without.
+        example: options without which it cannot be used, for tests and documentation.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
     given = (gives,) if isinstance(gives, str) else tuple(gives)
-    traits = {"gives": given, "needs": needs, "rate": rate, "structure": structure, "dynamics": dynamics}
+    traits = {
+        "gives": given, "needs": needs, "rate": rate, "structure": structure, "dynamics": dynamics,
+        "example": dict(example or {}),
+    }  # fmt: skip
     return register("init", name, **about, traits=traits)
 
 
@@ -296,6 +301,7 @@ def ranks(
     init: tuple[str, Mapping[str, Any]] | None = None,
     largest: Callable[[Mapping[str, Any], int], int] = lambda options, rank: rank,
     entries: Callable[[Mapping[str, Any]], bool] = lambda options: False,
+    example: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> Callable[..., Any]:
     """Register a rank rule: a function `share(units, rank, *, options) -> {path: rank}` or a `DynamicRanks`.
@@ -309,9 +315,13 @@ def ranks(
             says.
         largest: the most that it may give one weight, from its options and the rank that was asked for.
         entries: whether, with these options, it acts on the leaf that meets the input.
+        example: options without which it cannot be used, for tests and documentation.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
-    traits = {"needs": needs, "scales": scales, "init": init, "largest": largest, "entries": entries}
+    traits = {
+        "needs": needs, "scales": scales, "init": init, "largest": largest, "entries": entries,
+        "example": dict(example or {}),
+    }  # fmt: skip
 
     def enter(build: Any) -> Any:
         dynamic = isinstance(build, type)
@@ -331,6 +341,7 @@ def dynamics(
     gates: bool = True,
     excludes: Sequence[str] = (),
     init: tuple[str, Mapping[str, Any]] | None = None,
+    example: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> Callable[..., Any]:
     """Register a dynamics: a class derived from `Dynamics` whose keyword-only parameters are its options.
@@ -346,11 +357,13 @@ def dynamics(
         gates: it also works where a rank rule has put a gate into the pairs.
         excludes: other dynamics that it cannot run beside.
         init: the start of its paper, for structures that are started as their own paper says.
+        example: options without which it cannot be used, for tests and documentation.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
     traits = {
         "needs": tuple(needs), "pairs": pairs, "sides": sides, "moves_base": moves_base,
         "owns_step": owns_step, "gates": gates, "excludes": tuple(excludes), "init": init,
+        "example": dict(example or {}),
     }  # fmt: skip
     return register("dynamics", name, **about, traits=traits)
 
@@ -372,8 +385,8 @@ def methods(axis: str | None = None) -> list[Method]:
 
     Example:
         >>> import rankfold as rf
-        >>> rf.methods("init")[0].name
-        'kaiming'
+        >>> rf.methods("structure")[0].name
+        'abba'
     """
     load_all()
     found = [m for m in _METHODS.values() if axis in (None, m.axis)]
@@ -420,6 +433,11 @@ def find_method(query: str) -> Method:
     ]
     if not found:
         raise UnknownMethod(f"no method is called {query!r}{near_names(query, {m.name for m in methods()})}")
+    if len({m.axis for m in found}) > 1 and query != found[0].arxiv:
+        axes = [m.axis for m in found]
+        raise UnknownMethod(
+            f"{query!r} is of the axes {' and '.join(axes)}: write {' or '.join(f'{a}={query}' for a in axes)}"
+        )
     return found[0]
 
 

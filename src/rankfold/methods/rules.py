@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -83,7 +83,15 @@ class Dynamics:
 
 
 class DynamicRanks(Dynamics):
-    """A rank rule that acts during training, on gates between the factors of every trained product."""
+    """A rank rule that acts during training, on gates between the factors of every trained product.
+
+    Attributes:
+        gated: whether there are gates at all; a rule without them changes the factors themselves.
+        opens: whether its gates can start at zero and be opened by training.
+    """
+
+    gated: ClassVar[bool] = True
+    opens: ClassVar[bool] = True
 
     def share(self, units: Sequence[Unit], rank: int) -> Mapping[str, int]:
         """Return the rank that every weight begins with."""

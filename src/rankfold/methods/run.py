@@ -93,7 +93,6 @@ class Run:
     Attributes:
         model: the adapted model.
         optimizer: that steps.
-        pairs: every trained product, in the order of the model.
         expressions: of the adapter, by path.
         total_steps: of the whole training, or None.
         asked_rank: the rank that `adapt` was asked for, which a rank rule shares out.
@@ -117,9 +116,15 @@ class Run:
         self.seed = int(adaptation.adapter(name).record["seed"])
         self.asked_rank: int | None = adaptation.adapter(name).record.get("rank")
         self.expressions = adaptation.expressions(name)
-        self.pairs = [pair for path in self.expressions for pair in _pairs_of(path, self.expressions[path])]
+        self._all_pairs = [pair for path in self.expressions for pair in _pairs_of(path, self.expressions[path])]
         self._scope = ""
         self._rates: list[tuple[dict[str, Any], float]] = []
+
+    @property
+    def pairs(self) -> list[TrainedPair]:
+        """Every trained product, in the order of the model; to a rank rule with gates, those that have one."""
+        gated = [pair for pair in self._all_pairs if pair.pair.gate is not None]
+        return gated if gated and self._scope.startswith("ranks=") else self._all_pairs
 
     # What is remembered ---------------------------------------------------------------------------------
 
@@ -194,7 +199,7 @@ class Run:
         Raises:
             Incompatible: the layer has several products, whose ranks cannot change one by one.
         """
-        if sum(1 for other in self.pairs if other.path == pair.path) > 1:
+        if sum(other.path == pair.path for other in self.pairs) > 1:
             raise Incompatible(f"{pair.path} has several products, whose ranks cannot change one by one")
         added = 0 if up is None else up.shape[1]
         tensors = [(pair.up, 1, up), (pair.down, 0, down)]

@@ -16,6 +16,7 @@ from ..layers import StructuredLayer
 from ..statistics import WeightStatistics
 from ..weights import Base, Dense, Dropped, Gates, Pooled, Weight
 from .registry import Method
+from .rules import DynamicRanks
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Site(Place):
         base: the leaf that stands for the stored weight, W0.
         shape: (out, in) of the weight, or of the block that `rows` and `columns` cut out.
         init: the initialiser and its options, or None.
+        rule: the dynamic rank rule, which puts gates into what the initialiser starts, or None.
         root: the module that owns shared tensors.
         shared: attribute name on the root of every shared tensor, by key.
         planned: what the structure's plan holds for this weight.
@@ -164,6 +166,7 @@ class Site(Place):
     base: Base
     shape: tuple[int, int]
     init: tuple[Method, Mapping[str, Any]] | None = None
+    rule: DynamicRanks | None = None
     root: nn.Module = field(default_factory=nn.Module)
     shared: Mapping[str, str] = field(default_factory=dict)
     planned: Mapping[str, Tensor] = field(default_factory=dict)
@@ -208,7 +211,7 @@ class Site(Place):
         """Return alpha / rank, or alpha / sqrt(rank), at the rank that alpha is meant for (`scaling_of`)."""
         return scaling_of(alpha, self.reference or rank, rank_stabilised)
 
-    def statistic(self, name: str, *, data: str = "", **options: Any) -> Tensor:
+    def statistic(self, name: str, *, data: str = "", **options: Any) -> Any:
         """Return what a calibration pass collected for this weight, cut to the block that this site is.
 
         Args:
@@ -221,7 +224,7 @@ class Site(Place):
         """
         if data not in self.statistics:
             raise InvalidOption(f"{self.path}: {name} was not collected{f' on {data!r}' if data else ''}")
-        value: Tensor = self.statistics[data].get(name, **options)
+        value: Any = self.statistics[data].get(name, **options)
         if not isinstance(value, Tensor) or self.is_whole:
             return value
         return self._cut(name, value)
@@ -286,8 +289,9 @@ class Site(Place):
         if not 0 <= dropout < 1:
             raise InvalidOption(f"dropout must be in [0, 1), not {dropout}")
         up, down = self.trained(factors.up, f"{prefix}up"), self.trained(factors.down, f"{prefix}down")
-        up.initialised = down.initialised = True
-        change: Weight = scaling * form(up, down)
+        product = form(up, down)
+        self._insert_gates(product, f"{prefix}gate")
+        change: Weight = scaling * product
         if dropout:
             change = Dropped(change, dropout)
         if factors.start != "residual":
@@ -297,6 +301,14 @@ class Site(Place):
             self.frozen(down.value.detach().clone(), f"{prefix}down.start"),
         )
         return change - scaling * start
+
+    def _insert_gates(self, product: Weight, name: str) -> None:
+        if self.rule is None or not self.rule.gated:
+            return
+        gives = self.init[0].traits["gives"] if self.init else ()
+        start = next((g for g in ("gated", "residual", "displaced") if g in gives), "zero")
+        for pair in list(product.pairs()):
+            pair.owner.insert_gate(self.rule.gate(self, name, pair.up.shape[-1], start))
 
     def low_rank(self, rank: int, scaling: float, dropout: float = 0.0) -> Weight:
         """Return the plain change of that rank, started by the initialiser."""

@@ -187,7 +187,7 @@ def loss_of(model: nn.Module, batch: Batch, loss: Loss | None, *, needed: bool) 
             )
         return None
     if not bool(found.isfinite().all()):
-        raise NotFinite(f"the loss is {float(found):g}")
+        raise NotFinite(f"the loss is {float(found.detach()):g}")
     return found.reshape(())
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def collect(
 
     This is the parallel mode: all weights are seen in the unchanged model. `sequentially` is the other one.
 
-    The model runs in evaluation mode; modes, flags, gradients and hooks are as before afterwards. The first
-    batch runs once more than the others, to find out which weights share an input.
+    The model runs in evaluation mode; modes, flags, gradients and hooks are as before afterwards. For
+    statistics of inputs the first batch runs once more, to find out which weights share one. Gradients are
+    consumed as they arrive: one weight's is alive at a time, but for "hessian_diagonal".
 
     Args:
         model: any module, adapted or not; statistics are those of the stored weights.
@@ -219,7 +221,7 @@ class Pass:
             storage.check_place(file)
         if file is not None and file.exists():
             self._continue(file)
-        bar = Progress(progress, len(batches) if isinstance(batches, Sized) else None)
+        bar = Progress(progress, length_hint(batches, 0) or None)
         try:
             with calibrating(self.model, self._trained()):
                 self._take_all(batches, bar, file, every)
@@ -272,7 +274,7 @@ class Pass:
 
     def _take(self, batch: Batch) -> None:
         """Count a batch, all of it or nothing."""
-        if not self.grouped:
+        if not self.grouped and "input" in self.sides:
             self._group(batch)
         if self.nan == "skip":
             try:

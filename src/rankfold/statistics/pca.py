@@ -122,7 +122,8 @@ class InputPca(Reducer):
         generator = torch.Generator().manual_seed(0)
         _, values, components = truncated_svd(spread, rank, iterations=self.iterations, generator=generator)
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
-        return values, components * torch.where(largest < 0, -1, 1)
+        # contiguous, as from a file: products of another layout round in another way
+        return values, (components * torch.where(largest < 0, -1, 1)).contiguous()
 
     def value(self, batches: int) -> PrincipalComponents:
         """Return the components."""

@@ -85,7 +85,7 @@ class Reducer:
     def sum_like(self, key: str, amount: Tensor) -> Tensor:
         """Return a sum, on the device of `amount`; zeros before anything was added."""
         if key not in self.sums:
-            self.sums[key] = torch.zeros_like(amount)
+            self.sums[key] = torch.zeros_like(amount, memory_format=torch.contiguous_format)
         elif self.sums[key].device != amount.device:
             self.sums[key] = self.sums[key].to(amount.device)
         return self.sums[key]

@@ -160,9 +160,18 @@ def parse(record: dict[str, Any], tensors: dict[str, Tensor]) -> Statistics:
         weights[path] = _weight(path, what, record, sums, weights)
     if any(path not in weights for path, _ in sums):
         raise FormatError("it holds sums of a weight that its record does not name")
+    _check_base(record["base"]["weights"], weights)
     return Statistics(
         what, weights, batches=int(record["batches"]), skipped=int(record["skipped"]), base=record["base"]
     )
+
+
+def _check_base(known: dict[str, Any], weights: dict[str, WeightStatistics]) -> None:
+    """Refuse a record that does not say by which numbers its model is known."""
+    for path, entry in weights.items():
+        sample = [float(value) for value in known[path]["sample"]]
+        if tuple(known[path]["shape"]) != entry.shape or not sample or float(known[path]["rms"]) < 0:
+            raise FormatError(f"it does not describe the weight {path}")
 
 
 def _sorted(tensors: dict[str, Tensor], count: int) -> dict[tuple[str, int], dict[str, Tensor]]:

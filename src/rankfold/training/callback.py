@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import MissingDependency
 from rankfold.layers import adaptation_of
-from rankfold.methods import attach
+from rankfold.methods.attach import attach
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback as Base

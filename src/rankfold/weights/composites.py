@@ -452,6 +452,16 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
         self._set([self.factors[0], Diagonal(gate), self.factors[1]])
         tick()  # whatever this product is part of holds the old pair
 
+    @torch.no_grad()
+    def absorb_gate(self) -> None:
+        """Multiply the gate between the two factors into the last one and take it away."""
+        up, gate, down = self.factors
+        assert isinstance(gate, Diagonal)
+        assert isinstance(down, Dense)
+        down.value.mul_(gate.vector.tensor()[:, None])
+        self._set([up, down])
+        tick()
+
     def resize(self, up: Tensor, down: Tensor, gate: Tensor | None = None) -> None:
         """Let the two trained factors, and the gate between them, hold values of another rank."""
         ends = (self.factors[0], self.factors[-1])
@@ -460,7 +470,7 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
             end.resize(value)  # type: ignore[operator]
         if gate is not None:
             middle = self.factors[1]
-            middle.vector.resize(gate)  # type: ignore[union-attr,operator]
+            middle.vector.resize(gate)  # type: ignore[operator]
             middle.shape = (gate.shape[0], gate.shape[0])
         tick()
 

@@ -385,7 +385,7 @@ def adopt_ranks(expression: Weight, tensors: Mapping[str, Tensor]) -> None:
             continue
         rank = values[1].shape[0] if values[1].dim() == 2 else -1  # type: ignore[union-attr]
         wanted = [(pair.up.shape[0], rank), (rank, pair.down.shape[1]), (rank,)]
-        fits = all(tuple(v.shape) == shape for v, shape in zip(values, wanted, strict=False))  # type: ignore
+        fits = all(tuple(v.shape) == shape for v, shape in zip(values, wanted, strict=False))  # type: ignore[union-attr]
         if fits and rank not in (-1, pair.up.shape[1]):
             pair.owner.resize(*(torch.empty_like(v) for v in values))  # type: ignore[arg-type]
 

@@ -58,6 +58,9 @@ class Gateable(Protocol):
     def insert_gate(self, gate: Leaf) -> None:
         """Put diag(gate) between the two factors; gate has shape (r,)."""
 
+    def absorb_gate(self) -> None:
+        """Multiply the gate between the two factors into the last one and take it away."""
+
     def resize(self, up: Tensor, down: Tensor, gate: Tensor | None = None) -> None:
         """Let the factors, and the gate between them, hold values of another rank."""
 
@@ -272,7 +275,6 @@ class Leaf(Weight):
     """
 
     stored = True  # has to be kept in a file; a leaf drawn from a seed has not
-    initialised = False  # an initialiser gave its start, and not the structure itself
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
         super().__init__(shape)

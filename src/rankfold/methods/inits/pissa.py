@@ -12,12 +12,12 @@ paper's fast variant (16 iterations) is not.
 from ...errors import InvalidOption
 from ...linalg import truncated_svd
 from ..registry import init, near_base
-from ..site import Basis, Factors, Site
+from ..site import Basis, Site
 
 
 @init(
     "pissa",
-    gives="residual",
+    gives=("residual", "frame"),
     title="PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
     year=2024,
     arxiv="2404.02948",
@@ -25,16 +25,16 @@ from ..site import Basis, Factors, Site
     formula="B0 = U_r (S_r/s)^1/2, A0 = (S_r/s)^1/2 V_r^T, W = W0 + s (B A - B0 A0)",
     start=near_base(1e-5),
 )
-def pissa(site: Site, rank: int, scaling: float, *, iterations: int | None = None) -> Factors:
-    """Return the leading singular triplets, split evenly.
+def pissa(site: Site, rank: int, scaling: float, *, iterations: int | None = None) -> Basis:
+    """Return the leading singular triplets, which are split evenly.
 
     Args:
         site: the weight.
         rank: number of triplets.
-        scaling: the constant before the product.
+        scaling: the constant before the product, divided out of the split.
         iterations: power iterations of a randomised decomposition; None takes the exact one.
     """
     if iterations is not None and iterations < 0:
         raise InvalidOption(f"pissa: iterations must be at least 0, not {iterations}")
     triplets = truncated_svd(site.matrix(), rank, iterations=iterations, generator=site.generator("range"))
-    return Basis(*triplets).split(scaling)
+    return Basis(*triplets)

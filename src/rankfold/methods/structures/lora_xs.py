@@ -40,8 +40,8 @@ def lora_xs(site: Site, rank: int, *, alpha: float | None = None, std: float = 1
     """
     scaling = site.scaling(alpha, rank)
     basis = site.basis(rank, scaling)
-    given = basis.core is not None
-    start = basis.core if given else site.normal("core", rank, rank, std=std)
-    right = basis.right if given else basis.values[:, None] * basis.right
+    start, right = basis.core, basis.right
+    if start is None:
+        start, right = site.normal("core", rank, rank, std=std), basis.values[:, None] * basis.right
     core = site.trained(start, "core")
     return site.base + scaling * (site.frozen(basis.left, "left") @ core @ site.frozen(right, "right"))

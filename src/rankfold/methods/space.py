@@ -1,0 +1,114 @@
+"""The space of points: which parts of two axes go together, and with what sentence the others are refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..errors import Incompatible
+from .recipe import Part, Recipe, resolve
+from .registry import Method, get, methods
+
+AXES = ("structure", "init", "ranks", "dynamics")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether two parts of a point go together.
+
+    Attributes:
+        first, second: the methods, of two axes.
+        recipe: the point that was asked about.
+        reason: why it is refused, or "" if it is accepted.
+    """
+
+    first: Method
+    second: Method
+    recipe: Recipe
+    reason: str
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the point makes sense."""
+        return not self.reason
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the verdict as plain data."""
+        return {
+            self.first.axis: self.first.name,
+            self.second.axis: self.second.name,
+            "point": self.recipe.text(),
+            "accepted": self.accepted,
+            "reason": self.reason,
+        }
+
+
+def pairs() -> Iterator[Verdict]:
+    """Yield the verdict on every pair of methods of two axes.
+
+    A pair without a structure is asked about with lora, or with the structure of the initialiser's paper, a
+    pair with an initialiser that needs a dynamics with that dynamics.
+    """
+    for one, other in itertools.combinations(AXES, 2):
+        for first, second in itertools.product(methods(one), methods(other)):
+            yield judge(first, second)
+
+
+def judge(first: Method, second: Method) -> Verdict:
+    """Return whether two methods of two axes go together."""
+    recipe = point([first, second])
+    return Verdict(first, second, recipe, refusal(recipe))
+
+
+def point(parts: Sequence[Method]) -> Recipe:
+    """Return the recipe of methods of different axes, with the options without which they cannot be used."""
+    chosen: dict[str, Part] = {m.axis: part_of(m) for m in parts if m.axis != "dynamics"}
+    dynamics = [part_of(m) for m in parts if m.axis == "dynamics"]
+    init = next((m for m in parts if m.axis == "init"), None)
+    if init is not None:
+        needed = init.traits["dynamics"]
+        if needed and needed not in [m.name for m in parts if m.axis == "dynamics"]:
+            dynamics.append(part_of(get("dynamics", needed)))
+        chosen.setdefault("structure", part_of(get("structure", init.traits["structure"])))
+    structure = chosen.pop("structure", "lora")
+    return Recipe(structure, chosen.get("init"), chosen.get("ranks"), tuple(dynamics))
+
+
+def part_of(method: Method) -> Part:
+    """Return a method with the options without which it cannot be used."""
+    example = method.traits.get("example", {})
+    return (method.name, dict(example)) if example else method.name
+
+
+def refusal(recipe: Recipe) -> str:
+    """Return the sentence with which a point is refused, or "" if it is accepted."""
+    try:
+        resolve(recipe, {})
+    except Incompatible as reason:
+        return str(reason)
+    return ""
+
+
+def table() -> str:
+    """Return, for every method, what it goes with on the other axes and why not with the rest."""
+    verdicts = list(pairs())
+    lines: list[str] = []
+    for one, other in itertools.combinations(AXES, 2):
+        lines += [f"{one} x {other}", ""]
+        for first in methods(one):
+            mine = [v for v in verdicts if v.first is first and v.second.axis == other]
+            lines += _row(first.name, mine)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(name: str, mine: Sequence[Verdict]) -> list[str]:
+    accepted = [v.second.name for v in mine if v.accepted]
+    refused = [v.second.name for v in mine if not v.accepted]
+    if not refused:
+        return [f"  {name:<14} with all"]
+    if not accepted:
+        return [f"  {name:<14} with none"]
+    few, word = (accepted, "with") if len(accepted) <= len(refused) else (refused, "with all but")
+    return [f"  {name:<14} {word} {', '.join(few)}"]

@@ -1,0 +1,40 @@
+"""Tables of ranks that were found beforehand, by path or by a pattern of paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from ..errors import InvalidOption
+from .rules import Unit
+
+
+def tabled(name: str, units: Sequence[Unit], table: Mapping[str, int]) -> dict[str, int]:
+    """Return the rank that a table gives every weight: its own entry, else the first pattern that fits.
+
+    Args:
+        name: of the rank rule, for errors.
+        units: the weights.
+        table: ranks by dotted path or glob; 0 leaves a weight out. Entries of other weights are not read.
+
+    Raises:
+        InvalidOption: a weight has no entry, or an entry is no rank.
+
+    Example:
+        >>> units = [Unit("layers.0.q", (8, 8)), Unit("layers.0.v", (8, 8))]
+        >>> tabled("autolora", units, {"*.v": 2, "layers.0.q": 4})
+        {'layers.0.q': 4, 'layers.0.v': 2}
+    """
+    for path, rank in table.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            raise InvalidOption(f"{name}: the rank of {path} must be a whole number of at least 0, not {rank!r}")
+    return {unit.path: _entry(name, unit.path, table) for unit in units}
+
+
+def _entry(name: str, path: str, table: Mapping[str, int]) -> int:
+    if path in table:
+        return table[path]
+    for pattern, rank in table.items():
+        if fnmatchcase(path, pattern):
+            return rank
+    raise InvalidOption(f"{name}: the table of ranks has no entry for {path}; add one (0 leaves it out)")
