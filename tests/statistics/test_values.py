@@ -387,6 +387,12 @@ def test_a_quantised_weight_has_no_second_derivative() -> None:
         collect(quantised("int8"), [torch.ones(1, 64)], "hessian_diagonal", loss=lambda m, b: m(b).sum())
 
 
+def test_an_operation_without_a_second_derivative_is_named() -> None:
+    model = rf.adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "dora", rank=2)
+    with pytest.raises(UnsupportedLayer, match="needs second derivatives.*use squared_gradient"):
+        collect(model, [torch.ones(2, 4)], "hessian_diagonal", loss=lambda m, x: m(x).pow(2).sum())
+
+
 def test_half_precision_is_summed_in_float32(net_of: Any, batches_of: Any) -> None:
     half = collect(net_of(torch.bfloat16), batches_of(3, torch.bfloat16), ["input_gram", "gradient"])
     for entry in half.values():

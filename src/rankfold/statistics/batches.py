@@ -32,8 +32,8 @@ class Batch:
 
     index: int
     content: Any
-    mask: Tensor | None
-    tokens: int | None
+    mask: Tensor | None = None
+    tokens: int | None = None
 
     def count(self) -> int:
         """Return the label tokens; without labels the unmasked tokens, or else the examples."""

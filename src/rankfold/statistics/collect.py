@@ -50,7 +50,7 @@ def collect(
         batches: an iterable of mappings called as `model(**batch)`, tuples called as `model(*batch)`, or lone
             tensors; it is run through once.
         what: names of statistics, or pairs (name, options): "input_mean" (in,), "input_gram" (in, in),
-            "column_norm" (in,), "input_pca" (components=k, tolerance=0.99, iterations=None), "output_mean"
+            "column_norm" (in,), "input_pca" (components=k, tolerance=0.99, iterations=4), "output_mean"
             (out,), "output_gram" (out, out), "gradient" (out, in), "squared_gradient" (out, in),
             "squared_gradient_rows" (out,), "squared_gradient_columns" (in,), "sensitivity" (a scalar),
             "hessian_diagonal" (out, in; samples=1). Each is described at its class in `REDUCERS`.

@@ -169,7 +169,8 @@ class Observer:
                     "is no gradient; was it computed without a graph?"
                 )
             if "curvature" in self.sides:
-                self._curvature(found)
+                with _second_derivatives(self.batch):
+                    self._curvature(found)
             else:
                 found.backward()
                 taps.flush()
@@ -224,8 +225,27 @@ class Observer:
         matrix = weight.layer.matrix()
         text = f"{self.seed}/{weight.path}/{self.batch.index}/{self.probe}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-        drawn = torch.randint(0, 2, matrix.shape, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(0, 2, matrix.shape, generator=generator, dtype=torch.int8)
         return (2 * drawn - 1).to(matrix.device, matrix.dtype)
+
+
+@contextlib.contextmanager
+def _second_derivatives(batch: Batch) -> Iterator[None]:
+    """Say what it means where torch has no derivative of a derivative.
+
+    Raises:
+        UnsupportedLayer: an operation of the model can be differentiated once only.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "differentiate twice" not in str(error) and not isinstance(error, NotImplementedError):
+            raise
+        raise UnsupportedLayer(
+            f"batch {batch.index}: hessian_diagonal needs second derivatives, which an operation of the model "
+            f"does not have ({str(error).splitlines()[0]}); use squared_gradient"
+        ) from None
 
 
 def _first(args: Any, kwargs: Any) -> Tensor:

@@ -70,12 +70,14 @@ class InputPca(Reducer):
     Args:
         components: k, how many are kept, at most `in`.
         tolerance: |cos| between successive directions from which a component counts as converged.
-        iterations: power iterations of a randomised decomposition of each update; None is exact.
+        iterations: power iterations of the randomised decomposition of each update; 4 as in EVA (Paischer et
+            al. 2024). None takes the exact one, as does every update of so few rows or features that the
+            randomised one would save nothing.
     """
 
     side = "input"
 
-    def __init__(self, *, components: int, tolerance: float = 0.99, iterations: int | None = None) -> None:
+    def __init__(self, *, components: int, tolerance: float = 0.99, iterations: int | None = 4) -> None:
         super().__init__()
         if not whole(components, 1):
             raise InvalidOption(f"input_pca: components must be a whole number from 1, not {components!r}")
@@ -119,8 +121,11 @@ class InputPca(Reducer):
 
     def _decompose(self, spread: Tensor) -> tuple[Tensor, Tensor]:
         rank = min(self.components, *spread.shape)
+        saves = rank + max(10, rank) < min(spread.shape)
         generator = torch.Generator().manual_seed(0)
-        _, values, components = truncated_svd(spread, rank, iterations=self.iterations, generator=generator)
+        _, values, components = truncated_svd(
+            spread, rank, iterations=self.iterations if saves else None, generator=generator
+        )
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
         # contiguous, as from a file: products of another layout round in another way
         return values, (components * torch.where(largest < 0, -1, 1)).contiguous()

@@ -41,12 +41,21 @@ def TrainerCallback(**given: Any) -> Base:  # noqa: N802  # stands where the lib
         handle: Any = None
 
         def on_train_begin(
-            self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None, **kwargs: Any
+            self,
+            args: Any,
+            state: Any,
+            control: Any,
+            *,
+            model: Any = None,
+            optimizer: Any = None,
+            **kwargs: Any,
         ) -> None:
             """Attach to the optimizer, whose state has been loaded where training resumes."""
             adapted = next(m for m in model.modules() if adaptation_of(m) is not None)
             scheduler = kwargs.get("lr_scheduler")
-            self.handle = attach(adapted, optimizer, total_steps=state.max_steps, scheduler=scheduler, **given)
+            self.handle = attach(
+                adapted, optimizer, total_steps=state.max_steps, scheduler=scheduler, **given
+            )
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """Let the methods finish."""

@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,10 @@ import torch
 
 import rankfold as rf
 from rankfold.errors import InvalidOption
-from rankfold.layers import task_heads
+from rankfold.layers import require, task_heads
+from rankfold.methods.attach import attachable
+from rankfold.methods.recipe import resolve, split_part
+from rankfold.methods.registry import get, needs_of
 from rankfold.training.config import DEFAULT_EPOCHS, RunConfig
 from rankfold.training.folder import RunFolder
 from rankfold.training.memory import predict_memory
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 Notify = Callable[[str], None]
-AXES = ("structure", "init", "ranks")
+AXES = ("structure", "init", "ranks", "dynamics")
+CALIBRATION_BATCHES = 32  # that initialisers and rank rules see; the papers take 8 to 256 examples
 
 
 def recipe(method: str, options: dict[str, Any]) -> rf.Recipe:
@@ -47,19 +51,35 @@ def recipe(method: str, options: dict[str, Any]) -> rf.Recipe:
         if axis not in AXES:
             raise InvalidOption(f"{axis!r} in {key!r} is no axis; the axes are {', '.join(AXES)}")
         part = getattr(chosen, axis)
-        if part is None:
+        if not part:
             raise InvalidOption(f"{key} needs a method on that axis: write {method}/NAME, or leave it out")
-        name, given = (part, {}) if isinstance(part, str) else part
-        changed: Any = {axis: (name, {**given, option: value})}
+        if axis == "dynamics":
+            changed: Any = {axis: _with_option(part, option, value)}
+        else:
+            name, given = split_part(part)
+            changed = {axis: (name, {**given, option: value})}
         chosen = replace(chosen, **changed)
     return chosen
+
+
+def _with_option(parts: Sequence[Any], option: str, value: Any) -> tuple[Any, ...]:
+    """Give an option to the one dynamics that has it."""
+    names = [split_part(part)[0] for part in parts]
+    having = [name for name in names if option in get("dynamics", name).options] or names[:1]
+    if len(having) > 1:
+        raise InvalidOption(f"{' and '.join(having)} both have an option {option!r}; use rankfold.Recipe")
+    return tuple(
+        (name, {**split_part(part)[1], option: value}) if name == having[0] else part
+        for name, part in zip(names, parts, strict=True)
+    )
 
 
 def plan_run(config: RunConfig) -> RunPlan:
     """Find what `config` would adapt and what that costs; nothing is written and nothing trains."""
     prepared = prepare(config)
     config = prepared.config
-    plan = rf.plan(prepared.base.model, recipe(config.method, config.set), **_adapt_arguments(prepared))
+    point = recipe(config.method, config.set)
+    plan = rf.plan(prepared.base.model, point, **_adapt_arguments(prepared, point))
     longest = max(len(example["input_ids"]) for example in prepared.training)
     memory = predict_memory(prepared.base.model, plan.trainable, config.batch_size * longest)
     examples = len(prepared.training)
@@ -100,7 +120,7 @@ def run(
     config = prepared.config
     model: nn.Module = prepared.base.model
     model.to(arguments.device)
-    rf.adapt(model, point, **_adapt_arguments(prepared))
+    rf.adapt(model, point, **_adapt_arguments(prepared, point))
     _train_in_float32(model)
     if is_main_process():
         folder.start(config, overwrite=overwrite)
@@ -130,16 +150,29 @@ def run(
     return result
 
 
-def _adapt_arguments(prepared: Prepared) -> dict[str, Any]:
+def _adapt_arguments(prepared: Prepared, point: rf.Recipe) -> dict[str, Any]:
     """Return what `rf.adapt` and `rf.plan` are told beside model and method."""
-    config = prepared.config
+    config, resolved = prepared.config, resolve(point, {})
+    reads_data = any(
+        needs_of(m, o, 1)
+        for m, o in ((resolved.init, resolved.init_options), (resolved.ranks, resolved.ranks_options))
+    )
+    reads_rate = resolved.init is not None and resolved.init.traits["rate"]
     return {
         "rank": config.rank,
         "targets": list(config.targets) if len(config.targets) > 1 else next(iter(config.targets), None),
         "seed": config.seed,
         "train": tuple(dict.fromkeys((*config.train, *_fresh(prepared)))),
-        "lr": config.lr,
+        "data": _calibration(prepared) if reads_data else None,
+        "lr": config.lr if reads_rate else None,
     }
+
+
+def _calibration(prepared: Prepared) -> list[dict[str, Any]]:
+    """Return the first batches of the training examples."""
+    size, examples = prepared.config.batch_size, prepared.training
+    starts = range(0, min(len(examples), CALIBRATION_BATCHES * size), size)
+    return [prepared.collate(list(examples[start : start + size])) for start in starts]
 
 
 def _fresh(prepared: Prepared) -> list[str]:
@@ -194,16 +227,25 @@ def _trainer(
 
     from rankfold.training.progress import ProgressBar
 
+    moving = attachable(require(model))[1] is not None
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=prepared.training,
         data_collator=prepared.collate,
         compute_loss_func=mean_loss,
-        callbacks=[ProgressBar()] if progress else [],
+        callbacks=[*([ProgressBar()] if progress else []), *([rf.TrainerCallback()] if moving else [])],
+        optimizers=(_optimizer(model, arguments) if moving else None, None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _optimizer(model: "nn.Module", arguments: "TrainingArguments") -> torch.optim.Optimizer:
+    """Return AdamW over the groups that the adapter's dynamics need."""
+    groups = rf.param_groups(model, arguments.learning_rate, weight_decay=arguments.weight_decay)
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, eps=arguments.adam_epsilon)
 
 
 def _train(trainer: "Trainer", checkpoint: Path | None, notify: Notify) -> float:

@@ -452,14 +452,9 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
         self._set([self.factors[0], Diagonal(gate), self.factors[1]])
         tick()  # whatever this product is part of holds the old pair
 
-    @torch.no_grad()
-    def absorb_gate(self) -> None:
-        """Multiply the gate between the two factors into the last one and take it away."""
-        up, gate, down = self.factors
-        assert isinstance(gate, Diagonal)
-        assert isinstance(down, Dense)
-        down.value.mul_(gate.vector.tensor()[:, None])
-        self._set([up, down])
+    def remove_gate(self) -> None:
+        """Take the gate between the two factors away."""
+        self._set([self.factors[0], self.factors[-1]])
         tick()
 
     def resize(self, up: Tensor, down: Tensor, gate: Tensor | None = None) -> None:

@@ -58,8 +58,8 @@ class Gateable(Protocol):
     def insert_gate(self, gate: Leaf) -> None:
         """Put diag(gate) between the two factors; gate has shape (r,)."""
 
-    def absorb_gate(self) -> None:
-        """Multiply the gate between the two factors into the last one and take it away."""
+    def remove_gate(self) -> None:
+        """Take the gate between the two factors away."""
 
     def resize(self, up: Tensor, down: Tensor, gate: Tensor | None = None) -> None:
         """Let the factors, and the gate between them, hold values of another rank."""

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ...errors import Incompatible, InvalidOption
 from ...layers import require
-from ...statistics.batches import Batch, loss_of
+from ...statistics.batches import Batch, check_batches, loss_of
 from ...weights import Dense, Leaf, Pair
 from ..registry import ranks
 from ..rules import Unit
@@ -210,10 +210,14 @@ def _gated(pair: Pair) -> Softmax:
 
 
 def _endless(batches: Iterable[Any], name: str) -> Iterator[Batch]:
-    kept = list(batches)
-    if not kept:
-        raise InvalidOption(f"autolora's search was given no {name} batches")
-    return (Batch(index, content) for index, content in enumerate(itertools.cycle(kept)))
+    check_batches(batches)
+    for index in itertools.count():
+        place = -1
+        for place, content in enumerate(batches):
+            yield Batch(place, content, None, None)
+        if place < 0:
+            again = " on the second pass; give a list or a loader, not a generator" if index else ""
+            raise InvalidOption(f"autolora's search was given no {name} batches{again}")
 
 
 def _loss(model: nn.Module, batch: Batch, loss: Callable[[nn.Module, Any], Tensor] | None) -> Tensor:
