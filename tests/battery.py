@@ -188,6 +188,7 @@ def check_method(name: str, **options: Any) -> list[Check]:
 def check_point(point: Point) -> Iterator[Check]:
     """Yield every check of one point."""
     yield Check(point, "the registration describes the method", partial(describes_itself, point))
+    yield Check(point, "declares what other axes act on", partial(declares_its_parts, point))
     yield Check(point, "refuses starts that have no meaning for it", partial(refuses_other_inits, point))
     if not point.on_activations:
         yield from _layer_checks(point)
@@ -348,6 +349,20 @@ def describes_itself(point: Point) -> None:
         unknown = set(method.traits.get("refuses", ())) - {host.name for host in (*SHAPES, *KINDS)}
         assert not unknown, f"it refuses {unknown}, of which the battery knows nothing"
         assert json.loads(json.dumps(method.to_dict()))["name"] == method.name
+
+
+def declares_its_parts(point: Point) -> None:
+    """What other axes act on is there, and nothing that was not declared."""
+    if point.on_activations:
+        return
+    traits = point.structure.traits
+    for expression in require(adapted(point, blocks(), point.targets)).expressions("default").values():
+        pairs = list(expression.pairs())
+        kinds = {"terms"} if any(pair.additive for pair in pairs) else {"parts"} if pairs else {""}
+        assert {traits["pairs"]} == kinds, f"its pairs are {kinds}, not {traits['pairs']!r}"
+        sides = {side for leaf, side in expression.sides() if isinstance(leaf.tensor(), nn.Parameter)}
+        assert traits["sides"] == (sides == {"output", "input"}), f"its sides are {sides}"
+        assert traits["entries"] == bool(list(expression.entries())), "entries is not what is there"
 
 
 def refuses_other_inits(point: Point) -> None:

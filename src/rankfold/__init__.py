@@ -17,6 +17,7 @@ from .methods import (
     parse_point,
     plan,
     save,
+    squeeze,
 )
 from .statistics import Statistics, collect
 from .training.callback import TrainerCallback
@@ -49,6 +50,7 @@ __all__ = [
     "plan",
     "remove",
     "save",
+    "squeeze",
     "summary",
     "use",
     "weights",

@@ -195,6 +195,20 @@ def test_many_weights_with_costs_in_the_millions_are_solved_exactly() -> None:
     assert total(gain, exact) == pytest.approx(total(gain, greedy), rel=2e-3)
 
 
+def test_integer_programming_keeps_a_budget_that_its_solver_cannot_tell_from_a_larger_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(allocators, "TABLE_CELLS", 0)
+    cost, gain = [[0, 10**9], [0, 1], [0, 2]], [[0, 10], [0, 1], [0, 1]]
+    assert allocate(cost, gain, 10**9, method="exact") == [1, 0, 0]
+    assert allocate(cost, gain, 10**9 + 1, method="exact") == [1, 1, 0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_that_is_met_to_rounding_is_met(method: str) -> None:
+    assert allocate([[0, 0.1]] * 3, [[0, 1]] * 3, 0.3, method=method) == [1, 1, 1]
+
+
 def test_no_weights_need_no_budget() -> None:
     assert allocate([], [], 0) == []
 
@@ -293,6 +307,10 @@ def test_what_the_others_cannot_hold_goes_to_weights_of_zero() -> None:
     assert proportional([1, 0, 0], 10, maximum=4) == [4, 3, 3]
 
 
+def test_among_faint_weights_too_the_larger_one_comes_first() -> None:
+    assert proportional([0, 1e-14, 1], 10, maximum=9) == [0, 1, 9]
+
+
 def test_bounds_may_differ_by_weight() -> None:
     assert proportional([1, 1, 1], 12, minimum=[6, 0, 0], maximum=[8, 2, 9]) == [6, 2, 4]
 
@@ -340,6 +358,10 @@ def test_counts_keep_their_bounds_and_sum_to_the_budget_where_they_can(
     counts = top_counts(rows, budget, minimum=minimum, maximum=minimum + room)
     assert sum(counts) == min(budget, sum(most))
     assert all(minimum <= count <= limit for count, limit in zip(counts, most, strict=True))
+
+
+def test_the_minimum_of_a_weight_is_filled_with_its_own_largest_scores() -> None:
+    assert top_counts([[0.1, 0.9], [0.5, 0.4]], 3, minimum=1) == [1, 2]
 
 
 def test_weights_with_equal_scores_are_counted_equally() -> None:

@@ -92,12 +92,14 @@ def test_with_one_metric_the_top_and_the_bottom_terms_together_are_the_target(
     side = data.draw(st.sampled_from(["left", "right"]))
     metric = data.draw(metrics(rows if side == "left" else columns))
     top = data.draw(st.integers(0, size))
-    parts = [
-        weighted_low_rank(target, rank, select=select, **{side: metric}).matrix()
-        for rank, select in ((top, "top"), (size - top, "bottom"))
-        if rank
-    ]
-    assert torch.allclose(sum(parts), target, atol=1e-7 * float(target.norm()))
+    for form in (target, (target, torch.eye(columns)), (torch.eye(rows), target)):
+        parts = [
+            weighted_low_rank(form, rank, select=select, **{side: metric}).matrix()
+            for rank, select in ((top, "top"), (size - top, "bottom"))
+            if rank
+        ]
+        # Factors have as many terms as their inner dimension allows, which is all of them here.
+        assert torch.allclose(sum(parts), target, atol=1e-7 * float(target.norm()))
 
 
 @given(sizes, sizes, sizes, seeds, st.data())
@@ -191,14 +193,17 @@ def test_no_small_change_of_a_factor_lowers_the_weighted_error(name: str) -> Non
         assert float(rest.norm()) >= near.error * (1 - 1e-12)
 
 
-def test_directions_of_weight_zero_are_filled_with_the_largest_terms_of_the_rest() -> None:
+@pytest.mark.parametrize("factored", [False, True])
+def test_directions_of_weight_zero_are_filled_with_the_largest_terms_of_the_rest(factored: bool) -> None:
     target = spectral(8, 6, torch.tensor([5.0, 4, 3, 2, 1, 0.5]))
+    form = (target, torch.eye(6)) if factored else target
     metric = RootGram(gram(6, 2))
-    near = weighted_low_rank(target, 4, right=metric)
-    first = weighted_low_rank(target, 2, right=metric)
+    near = weighted_low_rank(form, 4, right=metric)
+    first = weighted_low_rank(form, 2, right=metric)
     rest = target - first.matrix()
     plain = float(tail_errors(torch.linalg.svdvals(rest))[2])
     assert first.error < 1e-7
+    assert torch.allclose(near.up[:, :2], near.left[:, :2])
     assert abs(float((target - near.matrix()).norm()) - plain) < 1e-9
 
 
@@ -267,6 +272,14 @@ def test_an_ill_conditioned_gram_matrix_in_float32_is_answered_as_well_as_in_flo
     assert error < (1 + 1e-5) * double.error
 
 
+def test_the_smallest_terms_of_a_float32_target_are_not_lost_under_a_steep_gram_matrix() -> None:
+    inputs = spectral(20, 20, torch.logspace(0, -5, 20, dtype=torch.float64))
+    metric, target = Gram((inputs.T @ inputs).float().double()), normal(20, 20).float()
+    single = weighted_low_rank(target, 3, right=metric, select="bottom")
+    double = weighted_low_rank(target.double(), 3, right=metric, select="bottom")
+    assert torch.allclose(single.values.double(), double.values, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_is_answered_in_float32(dtype: torch.dtype) -> None:
     target = normal(5, 4).to(dtype)
@@ -329,6 +342,11 @@ def test_a_target_of_the_asked_rank_meets_any_tolerance() -> None:
     near = weighted_low_rank(target, 3, solver="randomised", tolerance=0.0, generator=seeded())
     assert near.solver == "randomised"
     assert torch.allclose(near.matrix(), target)
+
+
+def test_the_randomised_solver_answers_a_target_of_zeros() -> None:
+    near = weighted_low_rank(torch.zeros(30, 20), 2, solver="randomised", tolerance=0.0, generator=seeded())
+    assert (near.error, near.excess, near.solver) == (0, 0, "randomised")
 
 
 def test_the_randomised_solver_is_determined_by_its_generator() -> None:

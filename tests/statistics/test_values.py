@@ -389,7 +389,7 @@ def test_a_quantised_weight_has_no_second_derivative() -> None:
 
 def test_an_operation_without_a_second_derivative_is_named() -> None:
     model = rf.adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "dora", rank=2)
-    with pytest.raises(UnsupportedLayer, match="needs second derivatives.*use squared_gradient"):
+    with pytest.raises(UnsupportedLayer, match=r"needs second derivatives.*use squared_gradient"):
         collect(model, [torch.ones(2, 4)], "hessian_diagonal", loss=lambda m, x: m(x).pow(2).sum())
 
 

@@ -148,13 +148,16 @@ def by_integer_programming(units: list[Unit], spare: float) -> list[int]:
     from scipy.sparse import block_diag
 
     price, worth = (np.concatenate([getattr(unit, name) for unit in units]) for name in ("cost", "gain"))
-    scale = max(spare, float(price.max()), 1e-300)
-    one = block_diag([np.ones((1, len(unit.cost))) for unit in units], format="csr")
-    room, ends = spare, np.cumsum([len(unit.cost) for unit in units])[:-1]
+    scale = max(spare, float(price.max())) or 1.0
+    ends = np.cumsum([len(unit.cost) for unit in units])[:-1]
+    rules = [
+        LinearConstraint(block_diag([np.ones((1, len(unit.cost))) for unit in units], format="csr"), 1, 1),
+        LinearConstraint(price[None] / scale, ub=spare / scale),
+    ]
     while True:
         solved = milp(
             -worth / (np.abs(worth).max() or 1),
-            constraints=[LinearConstraint(one, 1, 1), LinearConstraint(price[None] / scale, ub=room / scale)],
+            constraints=rules,
             integrality=np.ones(len(price)),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 0},
@@ -162,11 +165,12 @@ def by_integer_programming(units: list[Unit], spare: float) -> list[int]:
         if solved.x is None:
             raise InvalidOption(f"the integer program of the budget was not solved: {solved.message}")
         chosen = [int(part.argmax()) for part in np.split(solved.x, ends)]
-        spent = math.fsum(unit.cost[pick] for unit, pick in zip(units, chosen, strict=True))
-        if spent <= spare:
+        if math.fsum(unit.cost[pick] for unit, pick in zip(units, chosen, strict=True)) <= spare:
             return chosen
-        # The solver keeps a constraint to 1e-6 of its scale; what it took too much is asked back.
-        room -= 2 * (spent - spare)
+        # The solver keeps the budget to 1e-6 of its scale only. A point above it is cut off, and with it
+        # those that cost no less because no unit takes a lower choice.
+        above = [np.arange(len(unit.cost)) >= pick for unit, pick in zip(units, chosen, strict=True)]
+        rules.append(LinearConstraint(np.concatenate(above)[None].astype(float), ub=len(units) - 1))
 
 
 def _hull(unit: Unit, per: str) -> Iterator[tuple[float, int]]:

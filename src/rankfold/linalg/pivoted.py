@@ -112,7 +112,6 @@ def _own_qr(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         triangle[step] = basis[:, step] @ matrix
         triangle[step, columns[:-1]] = 0
         squares = (squares - triangle[step].square()).clamp(min=0)
-        squares[columns] = 0
     found = len(columns)
     basis = completed_basis(basis[:, :found], basis[:, found:]) if found < rank else basis
     picked = torch.tensor(_filled(columns, matrix.shape[1], rank), device=matrix.device)

@@ -8,6 +8,7 @@ from .persist import load, save
 from .prepare import TieFollowed
 from .recipe import Recipe, parse_point
 from .registry import Method, find_method, methods
+from .squeeze import squeeze
 
 __all__ = [
     "Attached",
@@ -27,4 +28,5 @@ __all__ = [
     "parse_point",
     "plan",
     "save",
+    "squeeze",
 ]

@@ -129,7 +129,7 @@ def _shared(resolved: Resolved, units: Sequence[Unit], rank: int, notes: list[Wa
     if len(without) == len(units):
         raise InvalidOption(f"{method.name} gave no weight any rank; ask for a larger rank")
     notes += [LeftOut(f"{path}: {method.name} gave it no rank, so it is not adapted") for path in without]
-    own = method.traits["scales"] == "own" or rule is not None
+    own = method.traits["scales"] == "own" if rule is None else rule.alpha_over == "first"
     references = {path: given if own else rank for path, given in ranks.items() if given}
     return Allotment(ranks, references, rank)
 

@@ -110,8 +110,9 @@ def _of_dynamics(structure: Chosen, ranks: Chosen | None, each: Chosen) -> Itera
         yield f"{each.name} tells the output side from the input side, and {structure.name} trains on one only"
     if each.trait("moves_base") and structure.trait("activations"):
         yield f"{each.name} moves changes into stored weights, and {structure.name} changes activations"
-    if ranks is not None and _gated(ranks) and not each.trait("gates"):
-        yield f"{each.name} needs the factors alone, and {ranks.name} puts a gate between them"
+    if ranks is not None and ranks.trait("dynamic") and not each.trait("gates"):
+        does = "puts a gate between them" if _gated(ranks) else "changes them too"
+        yield f"{each.name} needs the factors alone, and {ranks.name} {does}"
 
 
 def _between(dynamics: Sequence[Chosen]) -> Iterator[str]:

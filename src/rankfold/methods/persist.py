@@ -154,7 +154,8 @@ def _load_native(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
         raise FormatError(
             f"{folder}: this version of Rankfold plans the shared indices differently; it cannot load them"
         )
-    if resolve(Recipe.from_dict(record["recipe"]), {}).rule is not None:  # ranks may have changed in training
+    changed = resolve(Recipe.from_dict(record["recipe"]), {}).rule is not None or record.get("squeezed")
+    if changed:  # ranks may be others than those that were built
         for path, expression in prepared.expressions.items():
             adopt_ranks(expression, native.leaves_of(path, adapter.tensors))
     native.check_names(_expected(model, prepared), adapter.tensors)

@@ -88,10 +88,12 @@ class DynamicRanks(Dynamics):
     Attributes:
         gated: whether there are gates at all; a rule without them changes the factors themselves.
         opens: whether its gates can start at zero and be opened by training.
+        alpha_over: the rank that alpha is divided by, "first" (the one that the weight begins with) or "asked".
     """
 
     gated: ClassVar[bool] = True
     opens: ClassVar[bool] = True
+    alpha_over: ClassVar[str] = "first"
 
     def share(self, units: Sequence[Unit], rank: int) -> Mapping[str, int]:
         """Return the rank that every weight begins with."""

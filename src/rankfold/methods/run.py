@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import Incompatible
 from ..layers import Adaptation
 from ..optim import resize as resize_state
 from ..weights import Dense, Leaf, Moved, Pair, Weight
@@ -195,12 +194,7 @@ class Run:
             up: fresh columns (out, k), or None.
             down: fresh rows (k, in).
             gate: fresh gates (k,), where the product has a gate.
-
-        Raises:
-            Incompatible: the layer has several products, whose ranks cannot change one by one.
         """
-        if sum(other.path == pair.path for other in self.pairs) > 1:
-            raise Incompatible(f"{pair.path} has several products, whose ranks cannot change one by one")
         added = 0 if up is None else up.shape[1]
         tensors = [(pair.up, 1, up), (pair.down, 0, down)]
         old_gate = pair.gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ def squeeze(model: nn.Module, rank: int | None = None, *, name: str | None = Non
 
         change = s B diag(g) A (- s B0 A0 where the start is subtracted from the base),   s B' A' = [change]_r
 
-    LoRA-Squeeze (Vulic et al. 2026): the best approximation of that rank, exact, never forming a matrix of the
-    weight's size. Gates are multiplied in, and a start is subtracted in, so that what remains is a plain
-    product beside the stored weight (within a normalised one where the structure has one); the scaling s
-    stays what it was. The rank rule of the recipe, if any, ends. An optimizer has to be created afterwards.
+    LoRA-Squeeze (Vulic et al. 2026): the best approximation of that rank, exact, never forming a matrix of
+    the weight's size. Gates are multiplied in, and a start that is subtracted becomes part of it, so that
+    what remains is a plain product beside the stored weight (within the normalised sum of dora); the scaling
+    s stays what it was. The rank rule of the recipe, if any, ends. Create the optimizer of further training
+    afterwards.
 
     Without a rank nothing is approximated: only terms that are zero, by their gate or a factor, are dropped,
     and a start that is subtracted stays. One term always remains, so that the adapter can train on.
@@ -46,27 +48,39 @@ def squeeze(model: nn.Module, rank: int | None = None, *, name: str | None = Non
 
     Example:
         >>> import torch, rankfold as rf
-        >>> model = rf.adapt(torch.nn.Sequential(torch.nn.Linear(16, 8)), "lora/pissa", rank=4, targets="0")
+        >>> model = rf.adapt(torch.nn.Sequential(torch.nn.Linear(16, 8)), "lora", rank=4, targets="0")
+        >>> _ = torch.nn.init.normal_(model[0].expression.leaf("up").value)
         >>> rf.squeeze(model, rank=2)[0].expression
-        W0[8x16] + (up*[8x1] @ down*[1x16])
+        W0[8x16] + (up*[8x2] @ down*[2x16])
     """
-    if isinstance(model, str | Path):
-        raise InvalidOption("squeeze takes an adapted model: load the folder into its base first")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise InvalidRank(f"rank must be a whole number of at least 1, not {rank!r}")
+    _check(model, rank)
     adaptation = require(model)
     adapter, active = adaptation.adapter(name), adaptation.active
-    adaptation.use([adapter.name])  # only what is active is known to train
+    if adapter.name not in active:
+        adaptation.use([adapter.name])  # only what is active is known to train
     try:
-        pairs = _pairs(adapter, adaptation.expressions(adapter.name), rank)
-        results = {path: _squeezed(pair, expression, rank) for path, (expression, pair) in pairs.items()}
-        for path, (expression, pair) in pairs.items():
-            _put(expression, pair, *results[path], plain=rank is not None)
-        _record(adapter, {path: up.shape[1] for path, (up, _) in results.items()}, rank)
+        _squeeze(adapter, adaptation.expressions(adapter.name), rank)
     finally:
-        adaptation.use(active)
-        tick()
+        if adapter.name not in active:
+            adaptation.use(active)
     return model
+
+
+def _check(model: Any, rank: Any) -> None:
+    if isinstance(model, str | Path):
+        raise InvalidOption("squeeze takes an adapted model: load the folder into its base first")
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise InvalidRank(f"rank must be a whole number of at least 1, not {rank!r}")
+
+
+def _squeeze(adapter: Adapter, expressions: dict[str, Weight], rank: int | None) -> None:
+    pairs = _pairs(adapter, expressions, rank)
+    factors = {path: _squeezed(pair, expression, rank) for path, (expression, pair) in pairs.items()}
+    record = _recorded(adapter.record, {path: up.shape[1] for path, (up, _) in factors.items()}, rank)
+    for path, (expression, pair) in pairs.items():
+        _put(expression, pair, *factors[path], plain=rank is not None)
+    adapter.record = record
+    tick()
 
 
 def _pairs(
@@ -77,11 +91,14 @@ def _pairs(
     found = {path: (expression, list(expression.pairs())) for path, expression in expressions.items()}
     single = found and all(len(pairs) == 1 for _, pairs in found.values())
     if not single or adapter.branches:
-        raise Incompatible(f"squeeze cuts one product of two trained factors a weight, and {structure.name} has none")
+        raise Incompatible(
+            f"squeeze cuts the one product of two trained factors in a weight; {structure.name} has none or "
+            "several"
+        )
     if rank is not None and not all(pairs[0].additive for _, pairs in found.values()):
         raise Incompatible(
-            f"the product in {structure.name} is not a term of the weight, so cutting it is no best approximation; "
-            "leave rank= away to drop terms that are zero"
+            f"the product in {structure.name} is not a term of the weight, so that cutting it is no best "
+            "approximation; leave rank= away to drop terms that are zero"
         )
     return {path: (expression, pairs[0]) for path, (expression, pairs) in found.items()}
 
@@ -102,7 +119,8 @@ def _squeezed(pair: Pair, expression: Weight, rank: int | None) -> tuple[Tensor,
 def _approximated(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     most = min(rank, *up.shape, *down.shape)
     cut = squeeze_factors(up, down, most)
-    alive = cut.down.abs().sum(1) > 0
+    noise = torch.finfo(cut.values.dtype).eps * max(*up.shape, *down.shape)
+    alive = cut.values[:most] > noise * torch.linalg.matrix_norm(up) * torch.linalg.matrix_norm(down)
     if not alive.any():
         return torch.zeros_like(up[:, :1]), down[:1]
     return cut.up[:, alive].to(up), cut.down[alive].to(down)
@@ -144,13 +162,12 @@ def _is_start(term: Weight) -> bool:
     return bool(leaves) and all(isinstance(leaf, Dense) and leaf.name.endswith(".start") for leaf in leaves)
 
 
-def _record(adapter: Adapter, ranks: dict[str, int], rank: int | None) -> None:
-    """Let the record say what there is now."""
-    record = adapter.record
+def _recorded(record: Mapping[str, Any], ranks: Mapping[str, int], rank: int | None) -> dict[str, Any]:
+    """Return a record that says what there is now."""
     recipe = Recipe.from_dict(record["recipe"])
     references = {**record["ranks"], **record.get("references", {})}
     init = _init_of(recipe, rank is not None)
-    adapter.record = {
+    return {
         **record,
         "recipe": resolve(Recipe(recipe.structure, init, None, recipe.dynamics), {}).recipe.to_dict(),
         "ranks": {**record["ranks"], **ranks},
@@ -165,5 +182,5 @@ def _init_of(recipe: Recipe, plain: bool) -> Any:
     if part is None:
         return None
     gives = registry.get("init", part[0]).traits["gives"]
-    keeps = "residual" in gives and not plain
-    return part if keeps or "zero" in gives or "displaced" in gives else None
+    gone = plain if "residual" in gives else not {"zero", "displaced"} & set(gives)
+    return None if gone else part

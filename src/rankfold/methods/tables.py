@@ -26,8 +26,8 @@ def tabled(name: str, units: Sequence[Unit], table: Mapping[str, int]) -> dict[s
         {'layers.0.q': 4, 'layers.0.v': 2}
     """
     for path, rank in table.items():
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise InvalidOption(f"{name}: the rank of {path} must be a whole number of at least 0, not {rank!r}")
+        if type(rank) is not int or rank < 0:
+            raise InvalidOption(f"{name}: the rank of {path} must be a whole number from 0 up, not {rank!r}")
     return {unit.path: _entry(name, unit.path, table) for unit in units}
 
 

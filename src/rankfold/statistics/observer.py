@@ -243,8 +243,8 @@ def _second_derivatives(batch: Batch) -> Iterator[None]:
         if "differentiate twice" not in str(error) and not isinstance(error, NotImplementedError):
             raise
         raise UnsupportedLayer(
-            f"batch {batch.index}: hessian_diagonal needs second derivatives, which an operation of the model "
-            f"does not have ({str(error).splitlines()[0]}); use squared_gradient"
+            f"batch {batch.index}: hessian_diagonal needs second derivatives, which an operation of the "
+            f"model does not have ({str(error).splitlines()[0]}); use squared_gradient"
         ) from None
 
 

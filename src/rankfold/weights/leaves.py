@@ -388,6 +388,18 @@ def adopt_ranks(expression: Weight, tensors: Mapping[str, Tensor]) -> None:
         fits = all(tuple(v.shape) == shape for v, shape in zip(values, wanted, strict=False))  # type: ignore[union-attr]
         if fits and rank not in (-1, pair.up.shape[1]):
             pair.owner.resize(*(torch.empty_like(v) for v in values))  # type: ignore[arg-type]
+    _adopt_starts(expression, tensors)
+
+
+def _adopt_starts(expression: Weight, tensors: Mapping[str, Tensor]) -> None:
+    """Let starts that are subtracted from the base take their ranks, which the product may have left behind."""
+    for leaf in expression.leaves():
+        value = tensors.get(leaf.name)
+        if not isinstance(leaf, Dense) or not leaf.name.endswith(".start") or value is None:
+            continue
+        axis = 1 if leaf.name.removesuffix(".start").endswith("up") else 0
+        if value.dim() == len(leaf.shape) == 2 and value.shape[1 - axis] == leaf.shape[1 - axis]:
+            leaf.resize(torch.empty_like(value))
 
 
 def owned(expression: Weight) -> dict[str, tuple[Any, str]]:

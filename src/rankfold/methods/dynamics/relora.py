@@ -2,13 +2,19 @@
 
     every T steps:  W <- W + s B A,   A ~ Kaiming uniform (a = sqrt 5),   B = 0,   moments of A and B pruned
 
-Lialin et al. 2023. After k restarts the change has rank up to k r. At a restart the moments are set to zero,
-all of them or a random or the smallest-magnitude share `prune` (the paper resets 99.9 % at random, the
-default), and the learning rate climbs again from zero over `warmup` steps, on top of whatever schedule there
-is (`jagged_cosine` is the paper's). T = 1000 and warmup = 50 are the lower ends of the paper's ranges.
-Start: as the structure's; a restart does not change the model's function.
+Lialin et al. 2023. B (out, r), A (r, in). After k restarts the change has rank up to k r. At a restart a share
+`prune` of every moment is set to zero, at random or where the second moment is smallest (the paper resets
+99.9 % at random, the default), and the learning rate climbs again from zero over `warmup` steps, on top of
+whatever schedule there is (`jagged_cosine` is the paper's). T = 1000 and warmup = 50 are the lower ends of the
+paper's ranges; its rate is about twice that of full training. Right after a restart B = 0, so that A has no
+gradient and B moves first. Start: as the structure's; a restart does not change the model's function. A
+residual start, a frozen term, stays what it is: the product is merged, and its start remains subtracted.
 
-Deviation: the weight that moves is a copy in float32 or better, so the model's own stays as it was.
+Deviations: the weight that moves is a copy in float32 or better, so that nothing is rounded away and the
+model's own stays as it was. All moments of a factor are pruned at the same entries: the official code draws
+them apart, and an entry that keeps its first moment and loses the second takes a step of m / eps. With
+prune=1 the step count, and with it the bias correction, starts again too. Terms whose gate a rank rule has
+closed have nothing to merge and stay as they are, because two factors beside a zero never move again.
 """
 
 import math
@@ -19,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidOption
-from ...optim import moments
+from ...optim import moments, reset, second_moments
 from ..registry import dynamics
 from ..rules import Dynamics
 from ..run import Run, TrainedPair
@@ -41,7 +47,7 @@ class ReLoRA(Dynamics):
 
     Args:
         interval: T, optimizer steps between restarts, at least 1.
-        warmup: steps over which the learning rate climbs after a restart, at least 0.
+        warmup: steps over which the learning rate climbs after a restart, in 0..interval.
         prune: share of every moment that a restart sets to zero, in [0, 1].
         magnitude: prune the smallest entries and not random ones.
     """
@@ -52,14 +58,13 @@ class ReLoRA(Dynamics):
     magnitude: bool = False
 
     def __post_init__(self) -> None:
-        if self.interval < 1 or self.warmup < 0 or not 0 <= self.prune <= 1:
-            raise InvalidOption("relora needs interval >= 1, warmup >= 0 and prune in [0, 1]")
+        if self.interval < 1 or not 0 <= self.warmup <= self.interval or not 0 <= self.prune <= 1:
+            raise InvalidOption("relora needs interval >= 1, warmup in 0..interval and prune in [0, 1]")
 
     def gradients_ready(self, run: Run) -> None:
         """Warm the learning rate up again after a restart."""
-        since = run.step % self.interval
-        if run.step >= self.interval and since < self.warmup:
-            run.scale_rates(since / self.warmup)
+        if run.step >= self.interval:
+            warm_up(run, run.step % self.interval, self.warmup)
 
     def stepped(self, run: Run) -> None:
         """Merge and restart every T steps."""
@@ -69,20 +74,49 @@ class ReLoRA(Dynamics):
                 self.prune_moments(run, pair)
 
     def prune_moments(self, run: Run, pair: TrainedPair) -> None:
-        """Set a share of every moment to zero."""
+        """Set a share of every moment of both factors to zero, all moments at the same entries."""
         for factor, name in ((pair.up, "up"), (pair.down, "down")):
-            for key, value in moments(run.optimizer, factor).items():
-                ranked = value.abs() if self.magnitude else drawn(run, value, pair.key, name, key)
-                count = round(self.prune * value.numel())
-                value.view(-1)[ranked.flatten().argsort()[:count]] = 0
+            kept = moments(run.optimizer, factor)
+            if self.prune == 1:
+                reset(run.optimizer, factor)
+            elif kept:
+                seconds = second_moments(run.optimizer, factor)
+                size = next(iter((seconds or kept).values())).abs()
+                order = size if self.magnitude else drawn(run, size, pair.key, name)
+                pruned = smallest(order, self.prune)
+                for value in kept.values():
+                    value.masked_fill_(pruned, 0)
+
+
+def smallest(order: Tensor, share: float) -> Tensor:
+    """Return a mask of the given share of entries, the smallest ones.
+
+    Example:
+        >>> import torch
+        >>> smallest(torch.tensor([[3.0, 1.0], [2.0, 4.0]]), 0.5)
+        tensor([[False,  True],
+                [ True, False]])
+    """
+    chosen = order.flatten().argsort(stable=True)[: round(share * order.numel())]
+    mask = torch.zeros(order.numel(), dtype=torch.bool, device=order.device)
+    mask[chosen] = True
+    return mask.view(order.shape)
+
+
+def warm_up(run: Run, since: int, steps: int) -> None:
+    """Let the learning rate of the step about to be taken be since / steps of what it is, if that is less."""
+    if since < steps:
+        run.scale_rates(since / steps)
 
 
 def restart(run: Run, pair: TrainedPair) -> None:
     """Move a product into the base and start it again from zero: A Kaiming uniform, B = 0."""
     pair.move_into_base()
     bound = 1 / math.sqrt(pair.down.shape[1])
-    pair.down.copy_(bound * (2 * drawn(run, pair.down, pair.key, "restart") - 1))
-    pair.up.zero_()
+    fresh = bound * (2 * drawn(run, pair.down, pair.key, "restart") - 1)
+    closed = torch.zeros_like(pair.up[0], dtype=torch.bool) if pair.gate is None else pair.gate == 0
+    pair.down.copy_(torch.where(closed[:, None], pair.down, fresh))
+    pair.up.copy_(torch.where(closed, pair.up, 0))
 
 
 def drawn(run: Run, like: Tensor, *names: str) -> Tensor:
@@ -95,20 +129,39 @@ def jagged_cosine(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Return the paper's schedule for an optimizer that relora does not warm up itself (warmup=0).
 
-    It climbs to 1 in `first_warmup` steps and falls along a cosine to `floor` at step `total`; from step
-    `interval` on, every `interval` steps, it starts from zero and is back on the cosine after `warmup` steps.
+        c(t) = floor + (1 - floor) (1 + cos(pi (t - w0) / (N - w0))) / 2,   w0 = first_warmup, N = total
+        t < w0: t / w0;   t >= T and t mod T < w1: (t mod T) / w1 * c(t - t mod T + w1), w1 = warmup;   else c(t)
+
+    It climbs to 1 in w0 steps and falls along a cosine to `floor` at step N, where it stays; from step T on,
+    every T steps, it starts from zero and is back on the cosine after w1 steps.
 
     Args:
         optimizer: whose learning rates are multiplied.
-        total: steps of the training.
-        interval: steps between restarts.
-        first_warmup: of the beginning.
-        warmup: after a restart.
+        total: N, steps of the training.
+        interval: T, steps between restarts.
+        first_warmup: w0, of the beginning, below N.
+        warmup: w1, after a restart, at most T.
         floor: at the end, in [0, 1].
+
+    Raises:
+        InvalidOption: a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        >>> schedule = jagged_cosine(optimizer, total=100, interval=50, first_warmup=10, warmup=5)
+        >>> schedule.get_last_lr()
+        [0.0]
     """
+    in_range = 0 <= first_warmup < total and 0 <= warmup <= interval and interval >= 1 and 0 <= floor <= 1
+    if not in_range:
+        raise InvalidOption(
+            "jagged_cosine needs first_warmup in 0..total-1, interval >= 1, warmup in 0..interval and floor in "
+            f"[0, 1], not {first_warmup}, {interval}, {warmup} and {floor}"
+        )
 
     def cosine(step: int) -> float:
-        share = (step - first_warmup) / max(1, total - first_warmup)
+        share = min(1.0, (step - first_warmup) / (total - first_warmup))
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
     def factor(step: int) -> float:

@@ -1,6 +1,7 @@
 """LoRA-GA: the first step of B A is the best approximation of the first full step by a matrix of rank 2r.
 
-    G = U S V^T,   A0 = c V[:, :r]^T,   B0 = c U[:, r:2r],   c = out^(1/4) / sqrt(gamma),   W = W0 + s (B A - B0 A0)
+    G = U S V^T,   A0 = c V[:, :r]^T,   B0 = c U[:, r:2r],   c = out^(1/4) / sqrt(gamma)
+    W = W0 + s (B A - B0 A0)
 
 Wang et al. 2024. G (out, in) is the mean gradient over a few batches; A0 (r, in) holds its leading right
 singular vectors, B0 (out, r) the next left ones, and no singular value. To first order in the learning rate
@@ -8,8 +9,12 @@ lr one SGD step moves the weight by -lr s^2 c^2 [G]_2r. gamma = 16 and s = alpha
 defaults (use rank_stabilised). `directions` and `scale` are the paper's ablations. Start: the base up to
 rounding.
 
-Deviation: the decomposition is exact unless `iterations` are given.
+Deviations: the decomposition is exact unless `iterations` are given (official: 4). W0 is never edited, its
+residual is a frozen term. One public library multiplies B0 by singular values and scales it alone; its first
+step is then no best approximation.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -52,21 +57,39 @@ def lora_ga(
         scaling: s.
         gamma: of the stable scale, positive.
         directions: ArB2r, A2rBr, ArBr (alternating) or random (disjoint).
-        scale: stable, unit (c = 1), gd (c = 1 / s) or weightS (the mean root of the weight's singular values).
+        scale: stable, unit (c = 1), gd (c = 1 / s) or weightS (mean root of the weight's singular values).
         iterations: power iterations of a randomised decomposition; None takes the exact one.
     """
-    if gamma <= 0 or directions not in DIRECTIONS or scale not in SCALES:
+    if gamma <= 0 or directions not in DIRECTIONS or scale not in SCALES or (iterations or 0) < 0:
         raise InvalidOption(
-            f"lora-ga needs gamma > 0, directions in {', '.join(DIRECTIONS)} and scale in {', '.join(SCALES)}"
+            f"lora-ga needs gamma > 0, directions in {', '.join(DIRECTIONS)}, scale in {', '.join(SCALES)} "
+            "and iterations >= 0"
         )
     if 2 * rank > min(site.shape):
-        raise InvalidRank(f"{site.path}: lora-ga needs 2 x rank = {2 * rank} <= min(out, in) = {min(site.shape)}")
-    gradient = site.statistic("gradient").to(site.device, site.dtype)
+        raise InvalidRank(
+            f"{site.path}: lora-ga needs 2 rank = {2 * rank} <= min(out, in) = {min(site.shape)}"
+        )
+    gradient = gradient_of(site, "lora-ga")
     count = min(site.shape) if directions == "random" else 2 * rank
     left, _, right = truncated_svd(gradient, count, iterations=iterations, generator=site.generator("range"))
     ups, downs = _indices(site, directions, rank, count)
     constant = _constant(site, scale, rank, scaling, gamma)
     return Factors(constant * left[:, ups], constant * right[downs], "residual")
+
+
+def gradient_of(site: Site, reader: str) -> Tensor:
+    """Return the mean gradient (out, in).
+
+    Raises:
+        InvalidOption: it is zero, so it has no direction.
+    """
+    gradient: Tensor = site.statistic("gradient").to(site.device, site.dtype)
+    if not gradient.any():
+        raise InvalidOption(
+            f"{site.path}{site.block_name}: its gradient is zero, and {reader} starts from directions of the "
+            "gradient; calibrate on other batches or leave the weight out"
+        )
+    return gradient
 
 
 def _indices(site: Site, directions: str, rank: int, count: int) -> tuple[Tensor, Tensor]:
@@ -83,4 +106,4 @@ def _constant(site: Site, scale: str, rank: int, scaling: float, gamma: float) -
     if scale == "weightS":
         values = truncated_svd(site.matrix(), rank)[1]
         return float((values / scaling).sqrt().mean())
-    return {"stable": site.shape[0] ** 0.25 / gamma**0.5, "unit": 1.0, "gd": 1 / scaling}[scale]
+    return {"stable": math.pow(site.shape[0], 0.25) / math.sqrt(gamma), "unit": 1.0, "gd": 1 / scaling}[scale]

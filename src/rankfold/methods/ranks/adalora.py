@@ -9,10 +9,12 @@ mask is frozen. A masked term keeps P and Q and can return until then. Scores ar
 (`sensitivity`). The initial rank is 1.5 times the asked one and beta1 = beta2 = 0.85, as in the paper;
 `orthogonality` weighs the penalty mean ||P^T P - I||_F, here 0.5 as in common use; interval and shares depend
 on the task in the paper. alpha is divided by the initial rank, whatever remains. With the paper's start
-(`random`) the step-0 output is the base's, exactly.
+(`random`) the step-0 output is the base's, exactly, and only g has a gradient there; factors that an
+initialiser takes out of the base start behind gates of one.
 
-Deviations: w and its gradient belong to the same step in |w dL/dw|; ties are cut by order, so exactly b(t)
-gates stay open.
+Deviations: w and its gradient belong to the same step in |w dL/dw|; the penalty takes no part in it; ties are
+cut by order, so exactly b(t) gates stay open. When the handle is removed after the final mask, the closed
+terms are taken away, but for one where a weight has no other.
 """
 
 import math
@@ -20,13 +22,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from ...errors import InvalidOption
+from ..events import asked_total, close, close_again, drop_closed, gated, shares_in_range, total_rank
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
 from ..run import Run
-from ..sensitivity import add_orthogonality, cubic_budget, kept_terms, triplet_scores
+from ..sensitivity import add_orthogonality, cubic_budget, kept_terms, remember_scores, scores_of, window
 
 
 def initial_rank(options: Mapping[str, float], rank: int) -> int:
@@ -67,8 +68,8 @@ class AdaLoRA(DynamicRanks):
     needs: ClassVar[tuple[str, ...]] = ("total_steps",)
 
     def __post_init__(self) -> None:
-        shares = (self.warmup, self.final, self.beta1, self.beta2)
-        if self.initial < 1 or self.interval < 1 or self.orthogonality < 0 or not all(0 <= s < 1 for s in shares):
+        shares = {name: getattr(self, name) for name in ("warmup", "final", "beta1", "beta2")}
+        if min(self.initial, self.interval) < 1 or self.orthogonality < 0 or not shares_in_range(shares):
             raise InvalidOption(
                 "adalora needs initial >= 1, interval >= 1, orthogonality >= 0, and warmup, final, beta1 and "
                 "beta2 in [0, 1)"
@@ -82,36 +83,28 @@ class AdaLoRA(DynamicRanks):
 
     def gradients_ready(self, run: Run) -> None:
         """Add the penalty's gradient after the scores have seen the loss's."""
-        scores = [triplet_scores(run, pair, self.beta1, self.beta2) for pair in run.pairs]
-        for pair, score in zip(run.pairs, scores, strict=True):
-            run.memory(pair.key)["score"] = score
-        add_orthogonality(run.pairs, self.orthogonality)
+        remember_scores(run, gated(run), self.beta1, self.beta2)
+        add_orthogonality(gated(run), self.orthogonality)
 
     def stepped(self, run: Run) -> None:
         """Close the gates that are out of the budget."""
-        begin, end = self.phases(run)
-        if run.step > end:
-            masks = [run.memory(pair.key)["mask"] for pair in run.pairs]
-        elif run.step == end or run.step % self.interval == 0:
-            masks = kept_terms([run.memory(p.key)["score"] for p in run.pairs], self.budget(run, begin, end))
-        else:
-            return
-        self.close(run, masks)
+        pairs, end = gated(run), self.phases(run)[1]
+        if run.step == end or (run.step < end and run.step % self.interval == 0):
+            close(run, pairs, kept_terms(scores_of(run, pairs), self.budget(run)))
+        elif run.step > end:
+            close_again(run, pairs)
+
+    def finish(self, run: Run) -> None:
+        """Take the closed terms away, once they can no longer return."""
+        if run.step >= self.phases(run)[1]:
+            drop_closed(run)
 
     def phases(self, run: Run) -> tuple[int, int]:
         """Return the steps at which the budget begins to fall and is down."""
-        assert run.total_steps is not None
-        begin = int(self.warmup * run.total_steps)
-        return begin, max(begin + 1, int((1 - self.final) * run.total_steps))
+        return window(run.total_steps, self.warmup, self.final)
 
-    def budget(self, run: Run, begin: int, end: int) -> int:
+    def budget(self, run: Run) -> int:
         """Return b(t)."""
-        first, asked = sum(pair.rank for pair in run.pairs), int(run.asked_rank or 1)
-        return cubic_budget(run.step, begin, end, first, min(first, asked * len(run.pairs)))
-
-    def close(self, run: Run, masks: Sequence[Tensor]) -> None:
-        """Multiply every gate by its mask."""
-        for pair, mask in zip(run.pairs, masks, strict=True):
-            run.memory(pair.key)["mask"] = mask
-            assert pair.gate is not None
-            pair.gate.mul_(mask.to(pair.gate.dtype))
+        pairs = gated(run)
+        first = total_rank(pairs)
+        return cubic_budget(run.step, *self.phases(run), first, min(first, asked_total(run, pairs)))

@@ -5,10 +5,11 @@
 
 Shinwari and Usama 2025. From the abstract: a trained factor a per layer and head sets the rank round(r0 a),
 penalised by its size and by its variation over time. **The gates are a reconstruction.** They sum to r0 a
-exactly, and a whole r0 a is exactly a LoRA of that rank; where r0 a is whole, the gates on both sides of the
-edge pass their gradient, so that the rank can rise and fall from there. Both penalties act through the
+exactly, and a whole r0 a is exactly a LoRA of that rank; where r0 a is whole, the gates on both sides of
+the edge pass their gradient, so that the rank can rise and fall from there. Both penalties act through the
 gradient, that of the variation against the last step's direction; after a step a is clamped to [0, R / r0].
-R is `most` times the rank asked for, r0; alpha is divided by R. lambda = 1e-3, beta = 0.1 and most = 2 are guesses.
+R is `most` times the rank asked for, r0; alpha is divided by R. lambda = 1e-3, beta = 0.1 and most = 2 are
+guesses.
 
 Terms that stay closed are dropped by `rankfold.squeeze` after training. Start: the structure's and the
 initialiser's: a = 1 where the product is zero; 0 behind a gate that has to be zero; and where the start is

@@ -3,8 +3,8 @@
     dW_l = s B diag(a_l) A,   a_l = softmax(theta_l),   r_l = #{i : a_li >= 1/r}
     min over theta of L_validation(B*(theta), A*(theta), theta),   B*, A* = argmin of L_train(., theta)
 
-Zhang et al. 2024. `search` runs the bilevel search on an adapted model and returns the ranks; the factors and
-theta of the search are lost on purpose, and an adapter is trained anew with the ranks found:
+Zhang et al. 2024. `search` runs the bilevel search on an adapted model and returns the ranks; the factors
+and theta of the search are lost on purpose, and an adapter is trained anew with the ranks found:
 
     found = search(model, training, validation, steps=..., loss=...)
     rf.remove(model)
@@ -15,11 +15,11 @@ The lower level takes one step of rate eta ahead (Liu et al. 2019, DARTS), w' = 
     hypergradient = dL_val(w')/dtheta - eta (dL_train(w+)/dtheta - dL_train(w-)/dtheta) / (2 eps),
     w+- = w +- eps v,   v = dL_val(w')/dw',   eps = 0.01 / ||v||
 
-theta starts at 1, both levels take Adam at 3e-4, the upper one with betas (0.5, 0.999): the official code's.
-As there, alpha is divided by a weight's own rank. Start: the structure's and the initialiser's.
+theta starts at 1, both levels take Adam at 3e-4, the upper one with betas (0.5, 0.999): the official
+code's. As there, alpha is divided by a weight's own rank. Start: the structure's and the initialiser's.
 
-Deviation: the official code compares theta / sum(theta) with 1/r; here it is the softmax, so that 1 <= r_l <= r
-whatever the signs of theta.
+Deviation: the official code compares theta / sum(theta) with 1/r; here it is the softmax, so that 1 <= r_l
+<= r whatever the signs of theta.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def search(
         raise InvalidOption("autolora's search needs steps >= 1 and positive learning rates")
     adaptation = require(model)
     adapter = adaptation.adapter()
-    pairs = {path: _only_pair(path, list(e.pairs())) for path, e in adaptation.expressions(adapter.name).items()}
+    expressions = adaptation.expressions(adapter.name)
+    pairs = {path: _only_pair(path, list(e.pairs())) for path, e in expressions.items()}
     weights = list(adaptation.trainable(adapter.name))
     before = [weight.detach().clone() for weight in weights]
     gates = {path: _gated(pair) for path, pair in pairs.items()}
@@ -146,7 +147,7 @@ def search(
 
     try:
         lower = torch.optim.Adam(weights, lr=lr)
-        upper = torch.optim.Adam(thetas, lr=selection_lr, betas=betas)  # type: ignore[arg-type]
+        upper = torch.optim.Adam(thetas, lr=selection_lr, betas=betas)
         for train_batch, validation_batch in itertools.islice(batches, steps):
             train_loss, validation_loss = closure(train_batch), closure(validation_batch)
             _step(upper, thetas, hypergradient(weights, thetas, train_loss, validation_loss, lr))
@@ -242,7 +243,9 @@ def _put(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         weight.copy_(value)
 
 
-def _step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+def _step(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()

@@ -3,16 +3,18 @@
     W = W0 + s B[:, :k] A[:k, :],   k drawn anew in every step for every group of weights,   s = alpha / R
 
 Munoz et al. 2025 (a survey of their three methods). Training a super-network: after every step a width k is
-drawn uniformly from `choices`, shares of the full rank R (32, 24 and 16 of 32 in the paper), per group: query, key
-and value projections of one block together (`together`), every other weight alone. The mask is a gate that is
-not trained. Terms beyond k have exactly zero gradient, and neither momentum nor decay moves them or their
-moments. The scaling stays alpha / R. The first step, and the adapter once training has ended, have all terms.
+drawn uniformly from `choices`, shares of the full rank R (32, 24 and 16 of 32 in the paper), per group:
+query, key and value projections of one block together (`together`), every other weight alone. The mask is a
+gate that is not trained. Terms beyond k have exactly zero gradient, and neither momentum nor decay moves
+them or their moments. The scaling stays alpha / R. The first step, and the adapter once training has ended,
+have all terms.
 
-After training a configuration {path: k} is chosen: `middle`, the heuristic without a search, or `climb`, hill
-climbing by a score of yours; `choose` puts it in place, and `extract` makes it a plain adapter of those ranks.
+After training a configuration {path: k} is chosen: `middle`, the heuristic without a search, or `climb`,
+hill climbing by a score of yours; `choose` puts it in place, and `extract` makes it a plain adapter of
+those ranks.
 
-Start: the structure's and the initialiser's. Deviations: the base's own channels stay as they are (LoNAS also
-narrows them); sparse and quantised bases (Shears, SQFT) are whatever the adapted model has.
+Start: the structure's and the initialiser's. Deviations: the base's own channels stay as they are (LoNAS
+also narrows them); sparse and quantised bases (Shears, SQFT) are whatever the adapted model has.
 """
 
 from __future__ import annotations
@@ -161,7 +163,7 @@ def climb(
 ) -> dict[str, int]:
     """Return the best configuration that hill climbing finds, and leave it in place.
 
-    It begins at the middle; every round moves one group to a neighbouring choice and keeps what scores higher.
+    It begins at the middle; every round moves one group to a neighbouring choice, kept if it scores higher.
 
     Args:
         model: with an adapter whose ranks are lonas's, trained.
@@ -223,4 +225,6 @@ def _super_network(model: nn.Module) -> tuple[Lonas, dict[str, Pair]]:
     rule: Any = resolve(Recipe.from_dict(adapter.record["recipe"]), {}).rule
     if not isinstance(rule, Lonas):
         raise InvalidOption(f"the ranks of the adapter {adapter.name!r} are not lonas's")
-    return rule, {path: pair for path, e in adaptation.expressions(adapter.name).items() for pair in e.pairs()}
+    return rule, {
+        path: pair for path, e in adaptation.expressions(adapter.name).items() for pair in e.pairs()
+    }

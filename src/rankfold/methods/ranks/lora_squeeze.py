@@ -9,22 +9,23 @@ Vulic et al. 2026. The three modes:
 - In-Squeeze, this rule: the rank begins at `times` the one asked for and is halved at equal intervals during
   training until it is down, the optimizer going on.
 
-Every squeeze is exact through the QR decompositions of the factors, the product is never formed. First moments
-are mapped as the gradients are, dB' = dB N^T and dA' = M^T dA where B' = B M and A' = N A; second moments by the
-squares of the same coefficients, or with moments="reset" all are reset together with the step count. s is alpha
-divided by the first rank, before and after. times = 4 and final = 0.25 are choices, the paper's schedule varies.
+Every squeeze is exact through the QR decompositions of the factors, the product is never formed. First
+moments are mapped as the gradients are, dB' = dB N^T and dA' = M^T dA where B' = B M and A' = N A; second
+moments by the squares of the same coefficients, or with moments="reset" all are reset together with the
+step count. s is alpha divided by the first rank, before and after. times = 4 and final = 0.25 are choices,
+the paper's schedule varies.
 
-Where a product is zero, as before the first step, its new A is drawn at random and the new B is zero, or nothing
-could train any more. Start: the structure's and the initialiser's.
+Where a product is zero, as before the first step, its new A is drawn at random and the new B is zero, or
+nothing could train any more. Start: the structure's and the initialiser's.
 
-Deviation: exact and not randomised. With an initialiser whose start is subtracted from the base, the product
-holds a part of the base, and what is dropped of that is missing from the weight.
+Deviation: exact and not randomised. With an initialiser whose start is subtracted from the base, the
+product holds a part of the base, and what is dropped of that is missing from the weight.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -113,7 +114,7 @@ class LoraSqueeze(DynamicRanks):
         pair.pair.owner.resize(squeezed.up, revived(run, pair, squeezed))
 
 
-def _cut(columns: bool, rank: int):  # type: ignore[no-untyped-def]
+def _cut(columns: bool, rank: int) -> Callable[[Tensor], Tensor]:
     """Return the function that cuts a moment to the rank."""
     return (lambda m: m[:, :rank]) if columns else (lambda m: m[:rank])
 

@@ -2,10 +2,11 @@
 
     T = W_tuned - W_reference = U S V^T,   r = min { k : sum_{i<=k} S_i^2 >= theta sum_i S_i^2 }
 
-Bhat et al. 2025. From the abstract: the ranks of a task's adapter follow how near the task's weights
-lie to reference weights. **The rule is a reconstruction**, with theta = 0.9 a guess; with `near` > 0 a task that
-stays near the reference asks for less, theta d / (d + near) at the relative distance d = ||T||_F / ||W_reference||_F.
-Convolutions count as matrices (out, in times window). A weight that has not moved gets rank 0 and is left out.
+Bhat et al. 2025. From the abstract: the ranks of a task's adapter follow how near the task's weights lie to
+reference weights. **The rule is a reconstruction**, with theta = 0.9 a guess; with `near` > 0 a task that
+stays near the reference asks for less, theta d / (d + near) at the relative distance d = ||T||_F /
+||W_reference||_F. Convolutions count as matrices (out, in times window). A weight that has not moved gets
+rank 0 and is left out.
 
     found = task_ranks(reference, tuned)
     rf.adapt(reference, Recipe("lora", ranks=("pearl", {"ranks": found})), rank=8)
@@ -87,7 +88,9 @@ def task_ranks(
     found = {}
     for path, weight in before.items():
         if weight.shape != after[path].shape:
-            raise BaseMismatch(f"{path} is {tuple(weight.shape)} before and {tuple(after[path].shape)} after the task")
+            raise BaseMismatch(
+                f"{path} is {tuple(weight.shape)} before the task, {tuple(after[path].shape)} after it"
+            )
         rank = energy_rank(after[path] - weight, energy * _distance_factor(weight, after[path], near))
         found[path] = rank if largest is None else min(rank, largest)
     return found
@@ -109,12 +112,13 @@ def _distance_factor(before: Tensor, after: Tensor, near: float) -> float:
     """Return d / (d + near), and 1 where near is 0."""
     if near == 0:
         return 1.0
-    distance = float(torch.linalg.vector_norm(after - before))
-    return distance / max(distance + near * float(torch.linalg.vector_norm(before)), torch.finfo(torch.float64).tiny)
+    distance, size = (float(torch.linalg.vector_norm(tensor)) for tensor in (after - before, before))
+    return distance / (distance + near * size) if distance else 0.0
 
 
 def _matrices(state: State) -> dict[str, Tensor]:
     """Return the weights of at least two dimensions as matrices in float64, by the path of their module."""
     named = dict(state.named_parameters()) if isinstance(state, nn.Module) else dict(state)
     weights = {k: v.detach() for k, v in named.items() if k.endswith("weight") and v.dim() > 1}
-    return {key.removesuffix("_weight").removesuffix(".weight"): v.double().flatten(1) for key, v in weights.items()}
+    paths = {key: key.removesuffix("_weight").removesuffix(".weight") for key in weights}
+    return {paths[key]: value.double().flatten(1) for key, value in weights.items()}
