@@ -21,8 +21,7 @@ from .methods import (
 )
 from .statistics import Statistics, collect
 from .training.callback import TrainerCallback
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "Method",

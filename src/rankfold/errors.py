@@ -71,5 +71,5 @@ def near_names(name: str, known: Iterable[str], count: int = 3) -> str:
         >>> near_names("lroa", ["lora", "vera", "dora"])
         '; did you mean lora, vera, dora?'
     """
-    near = difflib.get_close_matches(name, sorted(known), n=count, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), sorted(known), n=count, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else ""

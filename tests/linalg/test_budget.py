@@ -249,7 +249,7 @@ def test_without_scipy_integers_are_still_solved_and_others_say_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     assert allocate([[0, 2]], [[0, 1]], 2, method="exact") == [1]
-    with pytest.raises(MissingDependency, match="pip install scipy"):
+    with pytest.raises(MissingDependency, match=r"rankfold\[solvers\]"):
         allocate([[0, 2.5]], [[0, 1]], 3, method="exact")
 
 

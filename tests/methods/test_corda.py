@@ -1,5 +1,7 @@
 """CorDA: the terms of the weight that a context makes large, or small."""
 
+import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ from methods._calibrated import assert_finite, assert_reloads, best, inputs
 from methods._layers import adapted, backward, base, change, convolution, disturbed, leaves_of, linear, normal
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
 
 import rankfold as rf
@@ -47,7 +48,8 @@ def test_ipm_attains_the_smallest_error_under_the_gram_matrix(alpha: float) -> N
     model, gram = start(alpha=alpha), metric(inputs())
     matrix = base(model)
     errors = [
-        ((matrix - z) @ gram).norm() for z in (product(model, alpha / 3), best(matrix, 3), _whitened(matrix, gram))
+        ((matrix - z) @ gram).norm()
+        for z in (product(model, alpha / 3), best(matrix, 3), _whitened(matrix, gram))
     ]
     tail = torch.linalg.svdvals(matrix @ gram)[3:]
     torch.testing.assert_close(errors[0], tail.norm())
@@ -105,7 +107,10 @@ def test_the_start_is_the_bases_output(structure: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
-def test_the_start_is_pefts_up_to_signs(method: str) -> None:
+def test_the_start_is_pefts_up_to_signs(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "attr", dataclasses)  # of which peft takes the decorator alone
+    from peft.tuners.lora.corda import preprocess_corda
+
     batches = [x.float() for x in inputs(12, count=4)]
     theirs = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6, bias=False))
     ours = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 6, bias=False))
@@ -143,8 +148,10 @@ def test_a_core_between_the_frame_moves_the_weight_within_it() -> None:
 
 def test_without_inputs_there_is_nothing_but_the_weight() -> None:
     zero = [torch.zeros(1, 4, 8).double()]
-    torch.testing.assert_close(product(start(data=zero)), best(base(linear() and start()), 3))
-    torch.testing.assert_close(product(start(data=zero, method="kpm")), product(adapted("lora/milora", rank=3)))
+    torch.testing.assert_close(product(start(data=zero)), best(base(start()), 3))
+    torch.testing.assert_close(
+        product(start(data=zero, method="kpm")), product(adapted("lora/milora", rank=3))
+    )
 
 
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
@@ -158,7 +165,9 @@ def test_weights_and_inputs_of_low_rank_start_at_the_base(
         model = start(point, model=linear(rank=rank), data=few, method=method, damping=damping)
         assert_finite(model)
         x = normal(5, 8)
-        torch.testing.assert_close(model(x), linear(rank=rank)(x), atol=1e-3 * (point == "lora-xs") + 1e-7, rtol=1e-5)
+        torch.testing.assert_close(
+            model(x), linear(rank=rank)(x), atol=1e-3 * (point == "lora-xs") + 1e-7, rtol=1e-5
+        )
         backward(model, x)
         assert all(leaf.grad.isfinite().all() for leaf in leaves_of(model).values() if leaf.requires_grad)
 

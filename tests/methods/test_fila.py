@@ -32,6 +32,21 @@ def fisher(batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     return sum(s * n for s, n in squares_) / sum(n for _, n in squares_)  # type: ignore[return-value]
 
 
+def boosted(
+    batches: list[tuple[Tensor, Tensor]], factor: float = 1.0, row: int | None = None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return batches with a weight for every output, one or all of them larger."""
+    weights = torch.ones(6).double()
+    weights[slice(None) if row is None else row] = factor
+    return [(x, y, weights) for x, y in batches]
+
+
+def by_rows(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return half the summed squared error of the weighted outputs."""
+    x, y, weights = batch
+    return ((model(x) - y).square() * weights).sum() / 2
+
+
 def product(model: nn.Module, scaling: float = 1.0) -> Tensor:
     return scaling * leaves_of(model)["up"] @ leaves_of(model)["down"]
 
@@ -40,7 +55,9 @@ def product(model: nn.Module, scaling: float = 1.0) -> Tensor:
 def test_the_product_attains_the_smallest_error_of_the_weighted_rows(alpha: float) -> None:
     model = start(alpha=alpha, epsilon=1e-12)
     weights, matrix = (fisher(FORGET) / fisher(RETAIN)).sum(1).sqrt(), base(model)
-    error, plain = ((weights[:, None] * (matrix - z)).norm() for z in (product(model, alpha / 3), best(matrix, 3)))
+    error, plain = (
+        (weights[:, None] * (matrix - z)).norm() for z in (product(model, alpha / 3), best(matrix, 3))
+    )
     torch.testing.assert_close(error, torch.linalg.svdvals(weights[:, None] * matrix)[3:].norm())
     assert error < 0.99 * plain
 
@@ -52,18 +69,17 @@ def test_the_factors_split_the_singular_values_of_the_weighted_rows() -> None:
     values = torch.linalg.svdvals(weights[:, None] * base(model))[:3]
     leaves = leaves_of(model)
     weighted = weights[:, None] * leaves["up"]
-    torch.testing.assert_close(leaves["down"] @ leaves["down"].T, torch.diag(values / 4), atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(
+        leaves["down"] @ leaves["down"].T, torch.diag(values / 4), atol=1e-9, rtol=1e-7
+    )
     torch.testing.assert_close(weighted.T @ weighted, torch.diag(values / 4), atol=1e-9, rtol=1e-7)
 
 
-@pytest.mark.parametrize("factor", [1.0, 1e-3])
+@pytest.mark.parametrize("factor", [1.0, 0.01])
 def test_a_constant_ratio_gives_pissa(factor: float) -> None:
-    scaled = [(x, y) for x, y in RETAIN]
-    loss = squares
     model = start(
-        forget=scaled, epsilon=1e-12, alpha=6,
-        loss=lambda m, batch: loss(m, batch) * (factor if batch[0] is scaled[0][0] else 1.0),
-    ) if factor == 1.0 else start(forget=scaled, epsilon=1e-12, alpha=6)  # fmt: skip
+        forget=boosted(RETAIN, factor), retain=boosted(RETAIN), loss=by_rows, epsilon=1e-12, alpha=6
+    )
     ours, pissa = leaves_of(model), leaves_of(adapted("lora/pissa", rank=3, alpha=6))
     for name in ("up", "down"):
         torch.testing.assert_close(ours[name].abs(), pissa[name].abs(), atol=1e-8, rtol=1e-6)
@@ -79,19 +95,10 @@ def test_the_weights_of_rows_do_not_depend_on_the_size_of_either_gradient() -> N
 
 def test_a_row_that_forgetting_needs_more_is_taken_into_the_adapter() -> None:
     def left_out(factor: float) -> Tensor:
-        forget = [(x, y) for x, y in FORGET]
-        boost = torch.ones(6).double()
-        boost[2] = factor
-        model = start(
-            forget=forget, loss=lambda m, batch: ((m(batch[0]) - batch[1]).square() * boost).sum() / 2
-        ) if factor == 1 else None  # fmt: skip
-        del model
-        weights = row_weights(fisher(FORGET) * boost[:, None], fisher(RETAIN), 1e-5)
-        matrix = base(adapted("lora", rank=1))
-        near = best(weights[:, None] * matrix, 3) / weights[:, None]
-        return (matrix - near)[2].norm()
+        model = start(forget=boosted(FORGET, factor, row=2), retain=boosted(RETAIN), loss=by_rows)
+        return (base(model) - product(model))[2].norm()
 
-    assert left_out(9.0) < 0.5 * left_out(1.0)
+    assert left_out(10.0) < 0.5 * left_out(1.0)
 
 
 @pytest.mark.parametrize("structure", ["lora", "dora", "gralora"])
@@ -105,3 +112,50 @@ def test_as_a_frame_it_holds_the_same_part_of_the_weight() -> None:
     torch.testing.assert_close(leaves["left"] @ leaves["right"], product(start()))
     right = leaves_of(start("svfit"))["right"]
     torch.testing.assert_close(right @ right.T, torch.eye(3, dtype=torch.float64))
+
+
+def test_a_row_that_forgetting_does_not_need_keeps_its_projection() -> None:
+    model = start(forget=boosted(FORGET, 0.0, row=2), retain=boosted(RETAIN), loss=by_rows)
+    assert_finite(model)
+    right = leaves_of(model)["down"]
+    projected = base(model)[2] @ torch.linalg.pinv(right) @ right
+    torch.testing.assert_close(product(model)[2], projected)
+    torch.testing.assert_close(model(normal(5, 8)), linear()(normal(5, 8)))
+
+
+def test_sets_without_gradients_are_borne() -> None:
+    nothing, all_ = boosted(RETAIN, 0.0), boosted(FORGET)
+    model = start(forget=nothing, retain=all_, loss=by_rows)
+    torch.testing.assert_close(product(model), product(adapted("lora/pissa", rank=3)))
+    model = start(forget=all_, retain=nothing, loss=by_rows)
+    torch.testing.assert_close(
+        row_weights(fisher(FORGET), torch.zeros(6, 8).double(), 1e-5),
+        (fisher(FORGET).sum(1) / fisher(FORGET).sum(1).mean()).sqrt(),
+    )
+    torch.testing.assert_close(model(normal(5, 8)), linear()(normal(5, 8)))
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_a_weight_of_low_rank_starts_at_its_base(rank: int) -> None:
+    for point in ("lora", "lora-xs"):
+        model, x = start(point, model=linear(rank=rank)), normal(5, 8)
+        assert_finite(model)
+        torch.testing.assert_close(model(x), linear(rank=rank)(x), atol=1e-3, rtol=0)
+        backward(model, x)
+        assert all(leaf.grad.isfinite().all() for leaf in leaves_of(model).values() if leaf.requires_grad)
+
+
+def test_it_asks_for_both_sets_by_name() -> None:
+    with pytest.raises(InvalidOption, match='data={"forget": batches, "retain": batches}'):
+        start(data=FORGET)
+
+
+def test_the_adapter_loads_without_data_in_single_precision_over_half(tmp_path: Path) -> None:
+    model = start(model=linear().bfloat16())
+    assert leaves_of(model)["up"].dtype == torch.float32
+    assert_reloads(model, linear().bfloat16(), normal(5, 8).bfloat16(), tmp_path)
+
+
+def test_an_epsilon_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(InvalidOption, match="epsilon must be positive"):
+        start(epsilon=0.0)

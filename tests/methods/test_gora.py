@@ -34,7 +34,9 @@ def test_the_change_is_the_projected_step_down_the_gradient_whatever_the_scaling
     rank: int, options: dict[str, Any]
 ) -> None:
     model, gamma = start(rank=rank, gamma=0.1, **options), 0.1
-    expected = -gamma * math.sqrt(8 / rank) * mean_gradient(linear(), pairs()) @ projector(leaves_of(model)["down"])
+    expected = (
+        -gamma * math.sqrt(8 / rank) * mean_gradient(linear(), pairs()) @ projector(leaves_of(model)["down"])
+    )
     torch.testing.assert_close(change(model), expected)
 
 
@@ -132,7 +134,11 @@ def test_ranks_are_rounded_down_and_kept_within_their_bounds() -> None:
 def test_a_wider_weight_gets_less_rank_for_the_same_importance() -> None:
     mixed = [*units(1), Unit("wide", (80, 48), limit=48, site=Known(1))]
     ranks = {cost: share(mixed, 6, cost=cost) for cost in ("linear", "root", "log")}
-    assert ranks == {"linear": {"w0": 9, "wide": 4}, "root": {"w0": 7, "wide": 5}, "log": {"w0": 6, "wide": 5}}
+    assert ranks == {
+        "linear": {"w0": 9, "wide": 4},
+        "root": {"w0": 7, "wide": 5},
+        "log": {"w0": 6, "wide": 5},
+    }
 
 
 def test_ranks_fit_the_structure() -> None:

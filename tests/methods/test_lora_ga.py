@@ -16,7 +16,9 @@ OUT, IN = 12, 10
 
 
 def start(point: str = "lora", *, rank: int = 2, model: nn.Module | None = None, **options: Any) -> nn.Module:
-    given = {key: options.pop(key) for key in ("gamma", "directions", "scale", "iterations") if key in options}
+    given = {
+        key: options.pop(key) for key in ("gamma", "directions", "scale", "iterations") if key in options
+    }
     recipe = rf.Recipe(point, ("lora-ga", given))
     arguments = {"data": pairs(OUT, IN), "loss": squares, "progress": False, **options}
     return adapted(recipe, linear(OUT, IN) if model is None else model, rank=rank, **arguments)

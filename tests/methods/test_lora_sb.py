@@ -27,9 +27,13 @@ def gradient() -> Tensor:
 
 @pytest.mark.parametrize("alpha", [None, 12])
 @pytest.mark.parametrize("warmup", [1, 20])
-def test_the_change_is_the_best_approximation_of_the_first_sign_step(alpha: float | None, warmup: int) -> None:
+def test_the_change_is_the_best_approximation_of_the_first_sign_step(
+    alpha: float | None, warmup: int
+) -> None:
     model = start(alpha=alpha, warmup_steps=warmup)
-    torch.testing.assert_close(change(model), best(-0.01 / warmup * gradient().sign(), 3), atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(
+        change(model), best(-0.01 / warmup * gradient().sign(), 3), atol=1e-12, rtol=1e-9
+    )
 
 
 def test_the_change_is_as_large_as_the_leading_singular_values() -> None:

@@ -26,8 +26,8 @@ ACCEPTED = {
     "alora": {"kaiming", "pissa", "olora"},
     "hira": {"kaiming"},
     "abba": {"kaiming"},
-    "lora-xs": {"svd"},
-    "svfit": {"svd"},
+    "lora-xs": {"pissa", "svd"},
+    "svfit": {"pissa", "svd"},
 }
 INITS = ("kaiming", "olora", "pissa", "svd")
 EXAMPLE: dict[str, dict[str, Any]] = {"alora": {"invocation": (1,)}}
@@ -172,10 +172,10 @@ def test_a_start_without_meaning_is_refused_in_a_sentence(structure: str, init: 
 
 def test_a_refusal_says_what_is_given_and_what_is_needed() -> None:
     sentence = (
-        "hira cannot start from pissa: it gives factors whose product is subtracted from the base, and the"
+        "hira cannot start from olora: it gives factors whose product is subtracted from the base, and the"
     )
     with pytest.raises(Incompatible, match=f"{sentence} structure needs a product that is zero"):
-        rf.plan(linear(), "hira/pissa")
+        rf.plan(linear(), "hira/olora")
 
 
 class Invoked(nn.Module):

@@ -126,7 +126,9 @@ def test_an_untrained_change_with_a_subtracted_start_counts_as_zero() -> None:
 
 
 @pytest.mark.parametrize("rank", [None, 1, 2])
-@pytest.mark.parametrize("point", ["lora", "dora", "lora/pissa", "dora/pissa", "lora/adalora", "dora/pissa/adalora"])
+@pytest.mark.parametrize(
+    "point", ["lora", "dora", "lora/pissa", "dora/pissa", "lora/adalora", "dora/pissa/adalora"]
+)
 def test_what_is_squeezed_is_saved_and_loaded_exactly(point: str, rank: int | None, tmp_path: Path) -> None:
     model = disturbed(adapted(point, rank=4, alpha=7.0))
     leaves = leaves_of(model)
@@ -189,9 +191,7 @@ def test_a_squeezed_adapter_is_exported_to_peft(tmp_path: Path) -> None:
     report = rf.export(model, tmp_path / "peft", format="peft")
     assert all(row["exact"] for row in report.rows)
     x = normal(3, 8)
-    torch.testing.assert_close(
-        rf.load(linear(), tmp_path / "peft")(x), model(x), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(rf.load(linear(), tmp_path / "peft")(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [0, -1, True, 2.0])

@@ -247,6 +247,20 @@ def _overflowing(model: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.parametrize(("what", "side"), [("input_mean", "input"), ("output_mean", "output")])
+def test_activations_are_looked_at_without_a_loss_too(what: str, side: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(NotFinite, match=f"batch 1: the {side} of 0 holds"):
+        collect(model, [torch.ones(2, 3), torch.full((2, 3), float("inf"))], what)
+
+
+def test_numbers_whose_sum_overflows_are_finite() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    nn.init.zeros_(model[0].weight)
+    found = collect(model, [torch.ones(1, 4)], "gradient", loss=lambda m, x: 3e38 * m[0].weight.sum())
+    assert found["0"].get("gradient").eq(3e38).all()
+
+
 def test_a_skipped_batch_enters_no_statistic(net: nn.Module, batches: Batches) -> None:
     with_bad = collect(net, poisoned(batches), EVERYTHING[:-1], nan="skip")
     without = collect(net, [batches[0], batches[2]], EVERYTHING[:-1])
@@ -341,10 +355,13 @@ def test_an_interrupt_within_a_batch_waits_for_its_end(
             signal.raise_signal(signal.SIGINT)
         return model(**batch)["loss"]  # type: ignore[no-any-return]
 
-    usual = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        collect(net, batches, EVERYTHING, resume=file, loss=interrupted)
-    assert signal.getsignal(signal.SIGINT) is usual
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            collect(net, batches, EVERYTHING, resume=file, loss=interrupted)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert Statistics.load(file).batches == 2
     same(
         collect(net, batches, EVERYTHING, resume=file, loss=lambda m, b: m(**b)["loss"]),

@@ -426,3 +426,55 @@ def test_a_transformers_model_is_collected_whole() -> None:
     weight = model.get_submodule(f"{layer}.output.dense").weight
     gradient = torch.autograd.grad(model(**batch).loss, weight)[0]
     close(found[f"{layer}.output.dense"].get("gradient"), gradient, 1e-10)
+
+
+def test_a_quantised_weight_counts_the_uses_that_have_a_gradient() -> None:
+    model, x = quantised("int8"), torch.randn(5, 64)
+
+    def loss(m: Any, batch: Tensor) -> Tensor:
+        return m[0](batch).sum() + m[0](2 * batch).sum() + m[0](batch).detach().sum()  # type: ignore[no-any-return]
+
+    found = collect(model, [x, x], ["gradient", "squared_gradient"], targets="0", loss=loss)["0"]
+    expected = (3 * x.sum(0)).expand(32, 64)
+    close(found.get("gradient"), expected, 1e-4)
+    close(found.get("squared_gradient"), expected**2, 1e-3)
+
+
+def test_convolutions_that_read_one_image_in_different_ways_share_nothing() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(2, 3, 3, stride=n, padding=1) for n in (1, 2, 1))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.a(x), self.b(x), self.c(x)]
+
+    found = collect(Two(), [torch.randn(2, 2, 5, 5)], "input_gram", targets="convolutions")
+    assert [entry.leader for entry in found.values()] == ["a", "b", "a"]
+    assert [entry.tokens for entry in found.values()] == [50, 18, 50]
+
+
+def test_dropout_is_off_inside_adapted_attention_too() -> None:
+    class Attend(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last = nn.MultiheadAttention(8, 2, dropout=0.5), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.layer(x, x, x)[0])  # type: ignore[no-any-return]
+
+    model, x = Attend().double().train(), torch.randn(3, 4, 8, dtype=torch.float64)
+    plain = collect(model, [x], "input_mean", targets="last")["last"].get("input_mean")
+    rf.adapt(model, "lora", rank=2, targets="layer.in_proj")
+    model.train()
+    close(collect(model, [x], "input_mean", targets="last")["last"].get("input_mean"), plain)
+    assert model.layer.original.training
+
+
+def test_layers_inside_torchs_own_encoder_are_seen() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).double().eval()
+    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    found = collect(model, [x], "input_mean", targets=["linear1", "linear2", "in_proj"])
+    assert [entry.tokens for entry in found.values()] == [12, 12, 12]
+    close(found["0.self_attn.in_proj"].get("input_mean"), x.mean((0, 1)))

@@ -6,6 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -181,11 +182,15 @@ def find_targets(model: nn.Module, targets: Targets) -> list[Target]:
         UnknownTarget: a pattern matches nothing; the sentence lists near names.
         UnsupportedLayer: a pattern matches only modules that cannot hold an expression.
     """
-    patterns = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
+    if not isinstance(targets, str | re.Pattern | Iterable):
+        raise UnknownTarget(f"targets are names, patterns or a preset, not {targets!r}")
+    patterns: list[Any] = [targets] if isinstance(targets, str | re.Pattern) else list(targets)
     if not patterns:
         raise UnknownTarget("no targets were given; name some, or use 'all-linear'")
-    if any(isinstance(module, nn.Module) for module in patterns):
-        raise UnknownTarget("targets are names, not modules")
+    odd = next((p for p in patterns if not isinstance(p, str | re.Pattern)), None)
+    if odd is not None:
+        kind = "modules" if isinstance(odd, nn.Module) else type(odd).__name__
+        raise UnknownTarget(f"targets are names, not {kind}")
     found, wanted = list(candidates(model)), {}
     for pattern in patterns:
         for target in _matched(model, pattern, found):

@@ -143,7 +143,7 @@ def by_integer_programming(units: list[Unit], spare: float) -> list[int]:
     except ImportError:
         raise MissingDependency(
             "an exact budget over costs that are not integers, or are many, needs the library scipy: "
-            "pip install scipy"
+            "pip install 'rankfold[solvers]'"
         ) from None
     from scipy.sparse import block_diag
 

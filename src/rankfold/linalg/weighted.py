@@ -50,12 +50,11 @@ def weighted_low_rank(
         R = 1:       X = (T V_I) V_I^T
         both:        X = (T R V_I) S_I^-1 (U_I^T L T)
 
-    Each is L^-1 U_I S_I V_I^T R^-1 where the metrics can be inverted, and none inverts one. Where they
-    cannot: with one metric, a direction of weight zero keeps what T projected on U_I (or V_I) does there, and
-        terms
-    beyond the rank of L T R are the largest terms of what remains of T, so that all min(m, n) terms together
-    are always T. With two metrics, a term whose S is zero to rounding is zero. The error is the smallest
-    possible in either case.
+    Each is L^-1 U_I S_I V_I^T R^-1 where the metrics can be inverted, and none inverts one. Where they cannot
+    and there is one metric, a direction of weight zero keeps what T projected on U_I (or V_I) does there, and
+    terms beyond the rank of L T R are the largest ones of what remains of T, so that all min(m, n) terms
+    together are always T. With two metrics, a term whose S is zero to rounding is zero. The error is the
+    smallest possible in either case.
 
     Args:
         target: T (m, n), or the factors (up (m, k), down (k, n)) of a product, which is never formed.

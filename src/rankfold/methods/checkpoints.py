@@ -12,20 +12,20 @@ from torch import nn
 from ..errors import InvalidOption, OutputExists
 from ..formats import native
 from ..layers import Adaptation, adaptation_of, require
+from ..version import __version__
 from . import registry
 from .recipe import Recipe
 
 
 def describe(adaptation: Adaptation, name: str) -> dict[str, Any]:
     """Return everything but the tensors that a file needs to rebuild an adapter."""
-    from .. import __version__
-
     adapter = adaptation.adapter(name)
     recipe = Recipe.from_dict(adapter.record["recipe"])
     method = registry.get("structure", adapter.record["recipe"]["structure"][0])
     layers = native.anchors(adaptation.root, adapter.paths, adaptation.layers)
     return {
         **adapter.record,
+        "ranks": _ranks_now(adaptation, name),
         "name": name,
         "point": recipe.text(),
         "method": {
@@ -34,6 +34,17 @@ def describe(adaptation: Adaptation, name: str) -> dict[str, Any]:
         "base": native.base_of(adaptation.root, layers),
         "versions": {"rankfold": __version__, "torch": torch.__version__.split("+")[0]},
     }
+
+
+def _ranks_now(adaptation: Adaptation, name: str) -> dict[str, int | None]:
+    """Return the recorded ranks, and for a single product of two factors the one that training left it."""
+    ranks: dict[str, int | None] = dict(adaptation.adapter(name).record["ranks"])
+    if "ranks" in adaptation.adapter(name).record["recipe"]:
+        for path, expression in adaptation.expressions(name).items():
+            products = [pair.up.shape[-1] for pair in expression.pairs()]
+            if len(products) == 1:
+                ranks[path] = products[0]
+    return ranks
 
 
 class Checkpoints:

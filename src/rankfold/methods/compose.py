@@ -99,6 +99,8 @@ def _gated(ranks: Chosen) -> bool:
 
 def _of_dynamics(structure: Chosen, ranks: Chosen | None, each: Chosen) -> Iterator[str]:
     pairs, has = each.trait("pairs"), structure.trait("pairs")
+    if each.trait("function"):
+        yield f"{each.name} is no part of a training: call {each.trait('function')} after it"
     if pairs == "terms" and has != "terms":
         yield (
             f"{each.name} acts on a product of two trained factors that is a term of the weight, and "

@@ -11,12 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..optim.state import kept_and_fresh
 from .run import Run, TrainedPair
-
-
-def gated(run: Run) -> list[TrainedPair]:
-    """Return the trained products that have a gate."""
-    return [pair for pair in run.pairs if pair.gate is not None]
 
 
 def total_rank(pairs: Sequence[TrainedPair]) -> int:
@@ -68,26 +64,19 @@ def change_terms(
     """
     added = 0 if up is None else up.shape[1]
     parts = [(pair.up, 1), (pair.down, 0), (gate_of(pair), 0)]
-    slopes = [None if p.grad is None else _followed(p.grad, axis, keep, added) for p, axis in parts]
+    slopes = [None if p.grad is None else kept_and_fresh(p.grad, axis, keep, added) for p, axis in parts]
     run.resize(pair, keep, up, down, gate)
     for parameter, slope in zip((pair.up, pair.down, gate_of(pair)), slopes, strict=True):
         parameter.grad = slope
     memory = run.memory(pair.key)
     for name, value in memory.items():
         if isinstance(value, Tensor) and value.dim():
-            memory[name] = _followed(value, 1 if name.startswith("up") else 0, keep, added)
-
-
-def _followed(value: Tensor, axis: int, keep: Tensor, added: int) -> Tensor:
-    kept = value.index_select(axis, keep.to(value.device))
-    shape = list(kept.shape)
-    shape[axis] = added
-    return torch.cat([kept, kept.new_zeros(shape)], axis)
+            memory[name] = kept_and_fresh(value, 1 if name.startswith("up") else 0, keep, added)
 
 
 def drop_closed(run: Run) -> None:
     """Take all terms away whose gate is zero; the function stays, and one term of every product does."""
-    for pair in gated(run):
+    for pair in run.pairs:
         open_terms = gate_of(pair).nonzero().flatten()
         keep = open_terms if len(open_terms) else torch.zeros(1, dtype=torch.long)
         if len(keep) < pair.rank:

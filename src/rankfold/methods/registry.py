@@ -11,6 +11,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,6 +25,7 @@ AXES = (
     "federated", "edit", "analysis", "layers", "numerics", "recipe",
 )  # fmt: skip
 Shape = tuple[int, int]
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*\+?")
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ def register(
 
     def enter(build: Callable[..., Any]) -> Callable[..., Any]:
         known = _METHODS.get((axis, name))
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"a method's name is lower case with hyphens, and {name!r} is not")
         if axis not in AXES or (known is not None and known.build.__module__ != build.__module__):
             raise ValueError(f"cannot register {axis} {name!r}: the axis is unknown or the name is taken")
         about = (title, year, arxiv, code, formula, status, start)
@@ -341,6 +345,7 @@ def dynamics(
     gates: bool = True,
     excludes: Sequence[str] = (),
     init: tuple[str, Mapping[str, Any]] | None = None,
+    function: str = "",
     example: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> Callable[..., Any]:
@@ -357,13 +362,14 @@ def dynamics(
         gates: it also works where a rank rule has put a gate into the pairs.
         excludes: other dynamics that it cannot run beside.
         init: the start of its paper, for structures that are started as their own paper says.
+        function: dotted name of the function that is called instead, for what is no part of a training.
         example: options without which it cannot be used, for tests and documentation.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
     traits = {
         "needs": tuple(needs), "pairs": pairs, "sides": sides, "moves_base": moves_base,
         "owns_step": owns_step, "gates": gates, "excludes": tuple(excludes), "init": init,
-        "example": dict(example or {}),
+        "function": function, "example": dict(example or {}),
     }  # fmt: skip
     return register("dynamics", name, **about, traits=traits)
 
@@ -383,12 +389,20 @@ def load_all() -> None:
 def methods(axis: str | None = None) -> list[Method]:
     """Return the catalogue, by axis and name.
 
+    Args:
+        axis: one of `AXES`; None lists all.
+
+    Raises:
+        InvalidOption: there is no such axis.
+
     Example:
         >>> import rankfold as rf
         >>> rf.methods("structure")[0].name
         'abba'
     """
     load_all()
+    if axis is not None and axis not in AXES:
+        raise InvalidOption(f"there is no axis {axis!r}{near_names(axis, AXES)}")
     found = [m for m in _METHODS.values() if axis in (None, m.axis)]
     return sorted(found, key=lambda m: (AXES.index(m.axis), m.name))
 

@@ -88,7 +88,7 @@ class DynamicRanks(Dynamics):
     Attributes:
         gated: whether there are gates at all; a rule without them changes the factors themselves.
         opens: whether its gates can start at zero and be opened by training.
-        alpha_over: the rank that alpha is divided by, "first" (the one that the weight begins with) or "asked".
+        alpha_over: the rank that alpha is divided by: "first", the one that a weight begins with, or "asked".
     """
 
     gated: ClassVar[bool] = True

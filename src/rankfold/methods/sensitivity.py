@@ -22,14 +22,16 @@ from .run import Run, TrainedPair
 
 def smoothed(memory: dict[str, Any], name: str, sensitivity: Tensor, beta1: float, beta2: float) -> Tensor:
     """Return the score I U of a sensitivity, remembering both averages under a name."""
-    mean, spread = (
-        memory.get(f"{name}.{what}", torch.zeros_like(sensitivity)).to(sensitivity)
-        for what in ("mean", "spread")
-    )
+    mean, spread = (_remembered(memory, f"{name}.{what}", sensitivity) for what in ("mean", "spread"))
     mean = beta1 * mean + (1 - beta1) * sensitivity
     spread = beta2 * spread + (1 - beta2) * (sensitivity - mean).abs()
     memory[f"{name}.mean"], memory[f"{name}.spread"] = mean, spread
     return mean * spread
+
+
+def _remembered(memory: dict[str, Any], name: str, like: Tensor) -> Tensor:
+    value: Tensor = memory.get(name, torch.zeros_like(like))
+    return value.to(like)
 
 
 def sensitivity(value: Tensor) -> Tensor:
@@ -41,9 +43,7 @@ def triplet_scores(run: Run, pair: TrainedPair, beta1: float, beta2: float) -> T
     """Return the score of every term (r,): its gate's, and the means of its column's and its row's."""
     memory = run.memory(pair.key)
     parts = {"up": pair.up, "down": pair.down, "gate": gate_of(pair)}
-    scores = {
-        name: smoothed(memory, name, sensitivity(value), beta1, beta2) for name, value in parts.items()
-    }
+    scores = {name: smoothed(memory, name, sensitivity(value), beta1, beta2) for name, value in parts.items()}
     return scores["gate"] + scores["up"].mean(0) + scores["down"].mean(1)
 
 
@@ -61,7 +61,8 @@ def scores_of(run: Run, pairs: Sequence[TrainedPair]) -> list[Tensor]:
 def add_orthogonality(pairs: Sequence[TrainedPair], weight: float) -> None:
     """Add the gradient of `weight * mean over factors of ||P^T P - I||_F` to the factors' gradients.
 
-    The mean is over all factors of the model, P = B and P = A^T; the slope is 2 P (P^T P - I) / ||P^T P - I||_F.
+    The mean is over all factors of the model, P = B and P = A^T. The gradient of a norm of E = P^T P - I is
+    2 P E / ||E||_F.
     """
     if not weight:
         return
@@ -122,5 +123,6 @@ def kept_terms(scores: Sequence[Tensor], count: int) -> list[Tensor]:
     kept = torch.zeros(len(flat), dtype=torch.bool)
     kept[order] = True
     return [
-        mask.to(score.device) for mask, score in zip(kept.split([len(s) for s in scores]), scores, strict=True)
+        mask.to(score.device)
+        for mask, score in zip(kept.split([len(s) for s in scores]), scores, strict=True)
     ]

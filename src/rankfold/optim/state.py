@@ -6,6 +6,8 @@ taken to be a moment of its gradient. Names tell first moments from second ones.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+_log = logging.getLogger("rankfold")
 _FIRST = ("exp_avg", "momentum_buffer")
+_FACTORED = {"row_var": -1, "col_var": -2, "exp_avg_sq_row": -1, "exp_avg_sq_col": -2}  # the axis summed over
 _SECOND = ("exp_avg_sq", "max_exp_avg_sq", "exp_avg_sq_row", "sum", "square_avg")
 
 
@@ -72,6 +76,8 @@ def resize(optimizer: Optimizer, parameter: Tensor, axis: int, keep: Tensor, add
     """Let the moments follow a parameter of which entries along an axis were kept and fresh ones added.
 
     Call it before the parameter itself is changed. Kept entries keep their moments, fresh ones start at zero.
+    Adafactor's moments of rows and of columns follow where they have the axis. An optimizer that keeps
+    something else of the parameter, such as quantised moments, starts anew with it and says so in the log.
 
     Args:
         optimizer: holds the parameter.
@@ -81,11 +87,51 @@ def resize(optimizer: Optimizer, parameter: Tensor, axis: int, keep: Tensor, add
         added: number of fresh entries after them.
     """
     state = optimizer.state.get(parameter, {})
-    for name, value in moments(optimizer, parameter).items():
-        kept = value.index_select(axis, keep.to(value.device))
-        shape = list(kept.shape)
-        shape[axis] = added
-        state[name] = torch.cat([kept, kept.new_zeros(shape)], axis)
+    held = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim()}
+    strange = [name for name, value in held.items() if not _follows(name, value, parameter.shape)]
+    if strange:
+        _log.warning(
+            "%s keeps %s in a form that cannot follow a change of rank, and starts anew with that parameter",
+            type(optimizer).__name__,
+            ", ".join(strange),
+        )
+        state.clear()
+        return
+    for name, value in held.items():
+        own = _own_axis(name, value, parameter.dim(), axis)
+        if own is not None:
+            state[name] = kept_and_fresh(value, own, keep, added)
+
+
+def kept_and_fresh(value: Tensor, axis: int, keep: Tensor, added: int) -> Tensor:
+    """Return the kept entries along an axis, followed by zeros for the fresh ones.
+
+    Example:
+        >>> kept_and_fresh(torch.tensor([1.0, 2.0, 3.0]), 0, torch.tensor([2, 0]), 1)
+        tensor([3., 1., 0.])
+    """
+    kept = value.index_select(axis, keep.to(value.device))
+    shape = list(kept.shape)
+    shape[axis] = added
+    return torch.cat([kept, kept.new_zeros(shape)], axis)
+
+
+def _follows(name: str, value: Tensor, shape: torch.Size) -> bool:
+    reduced = _FACTORED.get(name)
+    if reduced is None:
+        return value.shape == shape and value.is_floating_point()
+    kept = [1 if axis == len(shape) + reduced else size for axis, size in enumerate(shape)]
+    return value.numel() == math.prod(kept)
+
+
+def _own_axis(name: str, value: Tensor, dimensions: int, axis: int) -> int | None:
+    """Return the axis of a moment that is the given one of the parameter, or None where it was summed over."""
+    if name not in _FACTORED:
+        return axis
+    reduced = dimensions + _FACTORED[name]
+    if axis == reduced:
+        return None
+    return axis - 1 if axis > reduced and value.dim() < dimensions else axis
 
 
 @torch.no_grad()

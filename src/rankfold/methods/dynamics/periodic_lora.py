@@ -5,15 +5,15 @@
 
 Meng et al. 2024. B (out, r), A (r, in). After k full stages the change has rank up to k r; a single stage is
 LoRA. With mu = 0 the optimizer's state of both factors starts again, and on request the schedule of the
-learning rate does; with mu > 0 nothing is drawn again, the state stays and follows the factor: a gradient of A
-is s B^T G, so A's first moments are multiplied by mu and its second ones by mu^2. A stage lasts `interval`
+learning rate does; with mu > 0 nothing is drawn again, the state stays and follows the factor: a gradient of
+A is s B^T G, so A's first moments are multiplied by mu and its second ones by mu^2. A stage lasts `interval`
 steps, or `share` of the whole training; four stages are the default, where the paper unloads once an epoch or
 a fixed part of one. Start: as the structure's; the end of a stage does not change the model's function.
 
-Deviations: the paper's momentum unloading is given in words; this is the form that keeps the function, where a
-public one multiplies both factors, W + q s B A + (1-q)^2 s B A, and shrinks the change by q (1-q). The end of
-the whole training is the end of a stage only if it falls on one. The weight that moves is a copy in float32 or
-better.
+Deviations: the paper's momentum unloading is given in words; this is the form that keeps the function, where
+a public one multiplies both factors, W + q s B A + (1-q)^2 s B A, and shrinks the change by q (1-q). The end
+of the whole training is the end of a stage only if it falls on one. The weight that moves is a copy in
+float32 or better.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,9 @@ class PeriodicLoRA(Dynamics):
     def check(self, run: Run) -> None:
         """Refuse a training whose length, or whose scheduler, is needed and not known."""
         if self.interval is None and run.total_steps is None:
-            raise InvalidOption("periodic-lora needs total_steps: pass total_steps= to attach, or an interval")
+            raise InvalidOption(
+                "periodic-lora needs total_steps: pass total_steps= to attach, or an interval"
+            )
         if self.restart_schedule:
             if run.scheduler is None:
                 raise InvalidOption("periodic-lora needs scheduler: pass scheduler= to attach")

@@ -9,8 +9,8 @@ diagonal and |B|_F^2 + |A|_F^2 = 2 |B A|_*, the least of all factorisations, so 
 nuclear-norm decay. T_f = T_m = 200, the natural order of such intervals (the paper's are not confirmed), and
 ten steps of warm-up. Start: as the structure's.
 
-With B' = B M, A' = N A, gradients become g_B N^T and M^T g_A. Where the moments are not reset at the same step,
-first moments are moved so, exactly, and second ones by the squares of N and M, which is exact for
+With B' = B M, A' = N A, gradients become g_B N^T and M^T g_A. Where the moments are not reset at the same
+step, first moments are moved so, exactly, and second ones by the squares of N and M, which is exact for
 uncorrelated gradients. A product with fewer than r singular values above rounding, such as that of B = 0, is
 left as it is, because a term with two zero factors would never move again.
 """
@@ -56,7 +56,9 @@ class Refactorisation(Dynamics):
     def __post_init__(self) -> None:
         resets = self.reset_interval
         if self.interval < 1 or (resets is not None and resets < 1) or self.warmup < 0:
-            raise InvalidOption("refactorisation needs interval >= 1, reset_interval >= 1 or None and warmup >= 0")
+            raise InvalidOption(
+                "refactorisation needs interval >= 1, reset_interval >= 1 or None and warmup >= 0"
+            )
 
     def gradients_ready(self, run: Run) -> None:
         """Warm the learning rate up again after a reset."""

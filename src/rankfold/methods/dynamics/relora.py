@@ -2,13 +2,14 @@
 
     every T steps:  W <- W + s B A,   A ~ Kaiming uniform (a = sqrt 5),   B = 0,   moments of A and B pruned
 
-Lialin et al. 2023. B (out, r), A (r, in). After k restarts the change has rank up to k r. At a restart a share
-`prune` of every moment is set to zero, at random or where the second moment is smallest (the paper resets
-99.9 % at random, the default), and the learning rate climbs again from zero over `warmup` steps, on top of
-whatever schedule there is (`jagged_cosine` is the paper's). T = 1000 and warmup = 50 are the lower ends of the
-paper's ranges; its rate is about twice that of full training. Right after a restart B = 0, so that A has no
-gradient and B moves first. Start: as the structure's; a restart does not change the model's function. A
-residual start, a frozen term, stays what it is: the product is merged, and its start remains subtracted.
+Lialin et al. 2023. B (out, r), A (r, in). After k restarts the change has rank up to k r. At a restart a
+share `prune` of every moment is set to zero, at random or where the second moment is smallest (the paper
+resets 99.9 % at random, the default), and the learning rate climbs again from zero over `warmup` steps, on
+top of whatever schedule there is (`jagged_cosine` is the paper's). T = 1000 and warmup = 50 are the lower
+ends of the paper's ranges; its rate is about twice that of full training. Right after a restart B = 0, so
+that A has no gradient and B moves first. Start: as the structure's; a restart does not change the model's
+function. A residual start, a frozen term, stays what it is: the product is merged, and its start remains
+subtracted.
 
 Deviations: the weight that moves is a copy in float32 or better, so that nothing is rounded away and the
 model's own stays as it was. All moments of a factor are pruned at the same entries: the official code draws
@@ -130,7 +131,8 @@ def jagged_cosine(
     """Return the paper's schedule for an optimizer that relora does not warm up itself (warmup=0).
 
         c(t) = floor + (1 - floor) (1 + cos(pi (t - w0) / (N - w0))) / 2,   w0 = first_warmup, N = total
-        t < w0: t / w0;   t >= T and t mod T < w1: (t mod T) / w1 * c(t - t mod T + w1), w1 = warmup;   else c(t)
+        t < w0: t / w0;   else c(t), but, w1 = warmup,
+        t >= T and t mod T < w1: (t mod T) / w1 * c(t - t mod T + w1)
 
     It climbs to 1 in w0 steps and falls along a cosine to `floor` at step N, where it stays; from step T on,
     every T steps, it starts from zero and is back on the cosine after w1 steps.
@@ -156,8 +158,8 @@ def jagged_cosine(
     in_range = 0 <= first_warmup < total and 0 <= warmup <= interval and interval >= 1 and 0 <= floor <= 1
     if not in_range:
         raise InvalidOption(
-            "jagged_cosine needs first_warmup in 0..total-1, interval >= 1, warmup in 0..interval and floor in "
-            f"[0, 1], not {first_warmup}, {interval}, {warmup} and {floor}"
+            "jagged_cosine needs first_warmup in 0..total-1, interval >= 1, warmup in 0..interval and floor "
+            f"in [0, 1], not {first_warmup}, {interval}, {warmup} and {floor}"
         )
 
     def cosine(step: int) -> float:

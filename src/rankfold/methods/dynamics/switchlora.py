@@ -1,11 +1,11 @@
-"""SwitchLoRA: at every step a few vectors of the factors are exchanged for others, W absorbing the difference.
+"""SwitchLoRA: at every step a few vectors of the factors are exchanged, W absorbing the difference.
 
     W += s b_i (a_i - c)^T,   a_i <- c      b_i is frozen for N steps, its moments and its step count are 0
     W += s (b_i - d) a_i^T,   b_i <- d      and the same for a_i
     about r rho_t / I_0 of each a step,   rho_t = 0.3^((t + 1) / t_d),   t_d = ratio * total_steps
 
-Zhou et al. 2024. b_i are the columns of B (m, r), a_i the rows of A (r, n), c and d random candidates from two
-pools of min(m, n) vectors, those in use left out. A switch comes after backward and before the step: the
+Zhou et al. 2024. b_i are the columns of B (m, r), a_i the rows of A (r, n), c and d random candidates from
+two pools of min(m, n) vectors, those in use left out. A switch comes after backward and before the step: the
 partner's gradient refers to the vector that went and is set to zero. The number of switches is r rho_t / I_0
 rounded up or down at random. Positions are taken in turn, from 0 for rows and from r / 2 for columns; where
 the next one is still frozen on either side, the rest of a step's switches is left out. I_0 = 40, N = 5 and
@@ -18,11 +18,11 @@ is put in its own place in the pool, as the paper describes, and the optimizer's
 size of the pools. A weight whose rank is min(m, n) has no candidate to spare and is left as it is.
 
 PyTorch's optimizers count the steps of a whole factor. Under Adam and AdamW the step of a vector that began
-again is therefore taken with its own count: the difference between the two bias corrections is added after the
-optimizer's step. Other optimizers have their moments set to zero and nothing else.
+again is therefore taken with its own count: the difference between the two bias corrections is added after
+the optimizer's step. Other optimizers have their moments set to zero and nothing else.
 
-Deviations: the weight that moves is a copy in float32 or better; frozen vectors do not move under weight decay
-either; public code freezes their gradient only.
+Deviations: the weight that moves is a copy in float32 or better; frozen vectors do not move under weight
+decay either; public code freezes their gradient only.
 """
 
 import math
@@ -49,12 +49,12 @@ _AXIS = {"up": 1, "down": 0}
     pairs="terms",
     moves_base=True,
     gates=False,
-    excludes=("relora", "periodic-lora", "refactorisation", "lora-pro", "loft"),
+    excludes=("relora", "periodic-lora", "refactorisation", "shrink-perturb", "lora-pro", "loft"),
     init=("switchlora", {}),
     title="SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information",
     year=2024,
     arxiv="2406.06564",
-    formula="W += s b_i (a_i - c)^T, a_i <- c, b_i frozen for N steps and its moments reset; likewise for b_i",
+    formula="W += s b_i (a_i - c)^T, a_i <- c, b_i frozen for N steps, its moments reset; likewise for b_i",
 )
 @dataclass(kw_only=True)
 class SwitchLoRA(Dynamics):
@@ -63,7 +63,7 @@ class SwitchLoRA(Dynamics):
     Args:
         interval: I_0, steps until every vector has been switched once at the initial frequency, positive.
         ratio: share of the training after which the frequency has fallen to 0.3 of that, positive.
-        freeze: N, steps for which the partner of a switched vector does not move, at least 0.
+        freeze: N, steps for which a switched vector's partner does not move, this one included, at least 1.
         exchange: put the vector that goes into the pool.
     """
 
@@ -73,8 +73,8 @@ class SwitchLoRA(Dynamics):
     exchange: bool = False
 
     def __post_init__(self) -> None:
-        if self.interval <= 0 or self.ratio <= 0 or self.freeze < 0:
-            raise InvalidOption("switchlora needs interval > 0, ratio > 0 and freeze >= 0")
+        if self.interval <= 0 or self.ratio <= 0 or self.freeze < 1:
+            raise InvalidOption("switchlora needs interval > 0, ratio > 0 and freeze >= 1")
 
     def begin(self, run: Run) -> None:
         """Find out which candidates are in use, and point to the first vectors."""
@@ -148,13 +148,13 @@ class SwitchLoRA(Dynamics):
                     reset(run.optimizer, factor, frozen, _AXIS[side])
                 moving = (own["frozen"] == 0) & (own["age"] >= 0)
                 own["age"] = own["age"] + moving.long()
-                if bool(moving.any()):
+                if bool(moving.any()) and factor.grad is not None:
                     correct(run, factor, _AXIS[side], moving.nonzero().flatten(), own["age"][moving])
                 own["frozen"] = (own["frozen"] - 1).clamp_min(0)
 
 
 def switch(pair: TrainedPair, side: str, index: int, incoming: Tensor) -> Tensor:
-    """Exchange a column of B ("up") or a row of A ("down"), W absorbing the difference; return the old one."""
+    """Exchange a column of B ("up") or a row of A ("down") and return it; W absorbs the difference."""
     factor = _factor(pair, side)
     incoming = incoming.to(factor)
     outgoing = factor.select(_AXIS[side], index).clone()

@@ -5,8 +5,8 @@
     W = W0 + s (B A - B0 A0),   gain = sqrt(1/3)
 
 Zhou et al. 2024. B (m, r), A (r, n), s the scaling. s B0 A0 has entries of standard deviation gain / sqrt(n),
-those of a linear layer as PyTorch starts it, and the updates of both factors weigh the same. The paper has
-s = 1/r, where the last factor is 1; here it makes that deviation the same for every s. The vectors are the
+those of a linear layer as PyTorch starts it, and the updates of both factors weigh the same. The paper has s
+= 1/r, where the last factor is 1; here it makes that deviation the same for every s. The vectors are the
 first r of the two pools of candidates from which the dynamics `switchlora` takes the next ones.
 
 Deviation: the paper starts both W and B A at random, for pretraining; here the start is subtracted, so that a
@@ -31,7 +31,7 @@ GAIN = math.sqrt(1 / 3)
     title="SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information",
     year=2024,
     arxiv="2406.06564",
-    formula="B ~ U(+-sqrt 3 (r/sqrt(mn))^1/4 gain^1/2), A ~ U(+-sqrt 3 (sqrt(m) r/n^3/2)^1/4 gain^1/2), s = 1/r",
+    formula="B ~ U(+-sqrt 3 std_B), A ~ U(+-sqrt 3 std_A), std(B A / r) = sqrt(1/3) / sqrt(in)",
     start=near_base(1e-5),
 )
 def switchlora(site: Site, rank: int, scaling: float) -> Factors:

@@ -3,9 +3,9 @@
     W = W0 + s P diag(g) Q,   S_i = score(g_i) + mean_j score(P_ji) + mean_j score(Q_ij)
 
 Zhang et al. 2023. Every `interval` steps, after the optimizer's, the gates of all but the b(t) terms with the
-highest scores of all weights are set to zero; b(t) falls cubically from the initial ranks to the rank that was
-asked for times the number of weights, between the shares `warmup` and 1 - `final` of the training; then the
-mask is frozen. A masked term keeps P and Q and can return until then. Scores are smoothed sensitivities
+highest scores of all weights are set to zero. b(t) falls cubically from the initial ranks to the rank that
+was asked for times the number of weights, between the shares `warmup` and 1 - `final` of the training; then
+the mask is frozen. A masked term keeps P and Q and can return until then. Scores are smoothed sensitivities
 (`sensitivity`). The initial rank is 1.5 times the asked one and beta1 = beta2 = 0.85, as in the paper;
 `orthogonality` weighs the penalty mean ||P^T P - I||_F, here 0.5 as in common use; interval and shares depend
 on the task in the paper. alpha is divided by the initial rank, whatever remains. With the paper's start
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...errors import InvalidOption
-from ..events import asked_total, close, close_again, drop_closed, gated, shares_in_range, total_rank
+from ..events import asked_total, close, close_again, drop_closed, shares_in_range, total_rank
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
 from ..run import Run
@@ -83,12 +83,12 @@ class AdaLoRA(DynamicRanks):
 
     def gradients_ready(self, run: Run) -> None:
         """Add the penalty's gradient after the scores have seen the loss's."""
-        remember_scores(run, gated(run), self.beta1, self.beta2)
-        add_orthogonality(gated(run), self.orthogonality)
+        remember_scores(run, run.pairs, self.beta1, self.beta2)
+        add_orthogonality(run.pairs, self.orthogonality)
 
     def stepped(self, run: Run) -> None:
         """Close the gates that are out of the budget."""
-        pairs, end = gated(run), self.phases(run)[1]
+        pairs, end = run.pairs, self.phases(run)[1]
         if run.step == end or (run.step < end and run.step % self.interval == 0):
             close(run, pairs, kept_terms(scores_of(run, pairs), self.budget(run)))
         elif run.step > end:
@@ -105,6 +105,6 @@ class AdaLoRA(DynamicRanks):
 
     def budget(self, run: Run) -> int:
         """Return b(t)."""
-        pairs = gated(run)
+        pairs = run.pairs
         first = total_rank(pairs)
         return cubic_budget(run.step, *self.phases(run), first, min(first, asked_total(run, pairs)))

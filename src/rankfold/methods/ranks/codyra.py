@@ -24,7 +24,7 @@ from torch import nn
 from ...errors import InvalidOption
 from ...layers import fold, require
 from ...weights import Leaf
-from ..events import drop_closed, gated, over
+from ..events import drop_closed, over
 from ..recipe import Recipe
 from ..registry import ranks
 from ..rules import DynamicRanks
@@ -35,8 +35,8 @@ from .sora import drawn_gate, shrink
 
 @ranks(
     "codyra",
-    title="Adaptive Rank, Reduced Forgetting: Knowledge Retention in Continual Learning Vision-Language Models "
-    "with Dynamic Rank-Selective LoRA",
+    title="Adaptive Rank, Reduced Forgetting: Knowledge Retention in Continual Learning Vision-Language "
+    "Models with Dynamic Rank-Selective LoRA",
     year=2024,
     arxiv="2412.01004",
     code="Artificer-AI-Lab/CoDyRA",
@@ -71,7 +71,7 @@ class CoDyRA(DynamicRanks):
         """Take the proximal step, after the dense share."""
         kappa = self.kappa(run)
         if kappa:
-            shrink(gated(run), kappa, dead_zone=self.dead_zone)
+            shrink(run.pairs, kappa, dead_zone=self.dead_zone)
 
     def finish(self, run: Run) -> None:
         """Take the closed terms away, if training is over."""
@@ -90,8 +90,8 @@ class CoDyRA(DynamicRanks):
 def next_task(model: nn.Module, *, seed: int | None = None, **arguments: Any) -> nn.Module:
     """Merge the active adapter into the weights and adapt the same weights again, for the next task.
 
-    The function stays what it is, up to the rounding of the merged weights, where the recipe's start keeps the
-    base's. Remove the handle of the last task first, and create the next optimizer afterwards.
+    The function stays what it is, up to the rounding of the merged weights, where the recipe's start keeps
+    the base's. Remove the handle of the last task first, and create the next optimizer afterwards.
 
     Args:
         model: an adapted model; changed in place and returned.

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidOption
-from ..events import asked_total, close, close_again, drop_closed, gate_of, gated, shares_in_range, total_rank
+from ..events import asked_total, close, close_again, drop_closed, gate_of, shares_in_range, total_rank
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
 from ..run import Run, TrainedPair
@@ -95,8 +95,8 @@ class DoRADynamic(DynamicRanks):
         shares = {name: getattr(self, name) for name in ("start", "final", "beta")}
         if min(self.initial, self.interval) < 1 or self.equilibrium < 0 or not shares_in_range(shares):
             raise InvalidOption(
-                "dora-dynamic needs initial >= 1, interval >= 1, equilibrium >= 0, and start, final and beta in "
-                "[0, 1)"
+                "dora-dynamic needs initial >= 1, interval >= 1, equilibrium >= 0, and start, final and beta "
+                "in [0, 1)"
             )
         if self.start + self.final >= 1:
             raise InvalidOption("dora-dynamic: start and final leave no steps for pruning")
@@ -108,7 +108,7 @@ class DoRADynamic(DynamicRanks):
     def gradients_ready(self, run: Run) -> None:
         """Add the penalty's gradient, while pruning."""
         begin, end = self.phases(run)
-        pairs = gated(run)
+        pairs = run.pairs
         if self.equilibrium and begin <= run.step < end:
             weight = self.equilibrium / (2 * total_rank(pairs))
             for pair in pairs:
@@ -117,7 +117,7 @@ class DoRADynamic(DynamicRanks):
 
     def stepped(self, run: Run) -> None:
         """Score all terms, and close those that are out of the budget."""
-        pairs, (begin, end) = gated(run), self.phases(run)
+        pairs, (begin, end) = run.pairs, self.phases(run)
         if run.step > end:
             close_again(run, pairs)
             return
@@ -143,7 +143,7 @@ class DoRADynamic(DynamicRanks):
 
     def budget(self, run: Run) -> int:
         """Return how many terms stay open at a step."""
-        pairs, (begin, end) = gated(run), self.phases(run)
+        pairs, (begin, end) = run.pairs, self.phases(run)
         first = total_rank(pairs)
         surplus = max(0, first - asked_total(run, pairs))
         return first - int(surplus * ((run.step - begin) / (end - begin)) ** 3)

@@ -3,13 +3,13 @@
     W = W0 + s P diag(g) Q,   terms scored by smoothed sensitivities as in AdaLoRA
 
 Chang et al. 2025. Every `interval` steps between the shares `warmup` and 1 - `final` of the training, each
-weight puts its `pool` least important terms into one pool, never all it has. The b(t) smallest of the pool are
-taken away; for each of the b(t) largest its weight gains a term: b and a random of length one, orthogonal to
-the weight's other columns and rows, behind a gate of min(min_i |g_i|, 1e-13), with scores and moments of zero.
-So the total rank stays, and the weight whose worst terms matter most grows. b(t) = round(exchange (1 - p^3)), p
-the progress between the two shares. The paper's pool is 2, its exchange 4, its interval 50 steps, and
-beta1 = beta2 = 0.85; `orthogonality` weighs AdaLoRA's penalty, 0.1 in its code. alpha is divided by the asked
-rank, whatever remains. Start (`random`): the base, exactly; only g has a gradient there.
+weight puts its `pool` least important terms into one pool, never all it has. The b(t) smallest of the pool
+are taken away; for each of the b(t) largest its weight gains a term: b and a random of length one, orthogonal
+to the weight's other columns and rows, behind a gate of min(min_i |g_i|, 1e-13), with scores and moments of
+zero. So the total rank stays, and the weight whose worst terms matter most grows. b(t) is
+round(exchange (1 - p^3)), p the progress between the two shares. Pool 2, exchange 4, interval 50 and
+beta1 = beta2 = 0.85 are the paper's; `orthogonality` weighs AdaLoRA's penalty, 0.1 in its code. alpha is
+divided by the asked rank, whatever remains. Start (`random`): the base, exactly; only g has a gradient there.
 
 Deviations: new directions are orthogonalised against a QR basis of the weight's; projecting with the factors
 themselves, as the authors' code does, removes next to nothing, because they are not orthonormal. No more than
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidOption
-from ..events import change_terms, gate_of, gated, largest_rank, shares_in_range
+from ..events import change_terms, gate_of, largest_rank, shares_in_range
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
 from ..run import Run, TrainedPair
@@ -105,7 +105,7 @@ class ElaLoRA(DynamicRanks):
     def __post_init__(self) -> None:
         shares = {name: getattr(self, name) for name in ("warmup", "final", "beta1", "beta2")}
         if min(self.pool, self.interval) < 1 or min(self.exchange, self.orthogonality) < 0:
-            raise InvalidOption("elalora needs pool >= 1, interval >= 1, exchange >= 0 and orthogonality >= 0")
+            raise InvalidOption("elalora needs pool and interval >= 1, and exchange and orthogonality >= 0")
         if not shares_in_range(shares) or self.warmup + self.final >= 1:
             raise InvalidOption(
                 "elalora needs warmup, final, beta1 and beta2 in [0, 1), and warmup + final below 1"
@@ -117,14 +117,14 @@ class ElaLoRA(DynamicRanks):
 
     def gradients_ready(self, run: Run) -> None:
         """Add the penalty's gradient after the scores have seen the loss's."""
-        remember_scores(run, gated(run), self.beta1, self.beta2)
-        add_orthogonality(gated(run), self.orthogonality)
+        remember_scores(run, run.pairs, self.beta1, self.beta2)
+        add_orthogonality(run.pairs, self.orthogonality)
 
     def stepped(self, run: Run) -> None:
         """Exchange terms."""
         count = self.exchanged(run)
         if count and run.step % self.interval == 0:
-            exchange(run, gated(run), self.pool, count)
+            exchange(run, run.pairs, self.pool, count)
 
     def exchanged(self, run: Run) -> int:
         """Return b(t), zero outside the events' part of the training."""

@@ -3,22 +3,23 @@
     W = W0 + s B diag(e) A,   M = (sum |B . dL/dB| + sum |A . dL/dA|) / (2 sqrt(out in)),   score = I(M) U(M)
 
 Zhang et al. 2023. Beside its terms every weight holds `growth` reserve terms: a, b ~ N(0, 0.02^2), trained
-behind gates that are fixed at 1e-5. At an event the `top` weights with the highest smoothed score (`sensitivity`)
-gain their reserve: its gates are trained from there on, and fresh reserves follow. When the total rank is the
-asked one times the number of weights, the reserves that are left are taken away. A weight may grow as far as
-min(out, in), whatever it began with. `growth` is half of the asked rank, as in the paper, `top` within its
-2 to 9, beta1 = beta2 = 0.85; `orthogonality` weighs AdaLoRA's penalty, in the paper 0.1 to 0.3. Events come every
-`interval` steps (100 to 1000 in the paper) from a share `warmup` of the training on, by default just as often
-as needed to be done when `final` of it is left; what is missing then is added at once. Reserves learn under
-optimizers that normalise gradients, such as Adam; under plain SGD their gradients are 1e5 times too small.
+behind gates that are fixed at 1e-5. At an event the `top` weights with the highest smoothed score
+(`sensitivity`) gain their reserve: its gates are trained from there on, and fresh reserves follow. When the
+total rank is the asked one times the number of weights, the reserves that are left are taken away. A weight
+may grow as far as min(out, in), whatever it began with. `growth` is half of the asked rank, as in the paper,
+`top` within its 2 to 9, beta1 = beta2 = 0.85; `orthogonality` weighs AdaLoRA's penalty, in the paper 0.1 to
+0.3. Events come every `interval` steps (100 to 1000 in the paper) from a share `warmup` of the training on,
+by default just as often as needed to be done when `final` of it is left; what is missing then is added at
+once. Reserves learn under optimizers that normalise gradients, such as Adam; under plain SGD their gradients
+are 1e5 times too small.
 Start (`random`): e = 0, so the base, exactly; the reserves enter at the first step and contribute 1e-5 b a.
 
 Deviations: alpha is divided by the asked rank throughout; dividing it by the growing rank of a weight, as the
 authors' code does, makes the function jump at every growth. Never more than the asked total is added. The
 paper's score sums |dW . dL/dW| over the entries, for which the gradient of every whole weight has to be held;
 here the absolute values are taken of its sums along rows and along columns, term by term, which are the
-products of factors and gradients that are there anyway. Fresh terms have fresh moments, and no warm-up of their
-own.
+products of factors and gradients that are there anyway. Fresh terms have fresh moments, and no warm-up of
+their own.
 """
 
 import math
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidOption
-from ..events import asked_total, change_terms, gate_of, gated, largest_rank, shares_in_range
+from ..events import asked_total, change_terms, gate_of, largest_rank, shares_in_range
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
 from ..run import Run, TrainedPair
@@ -46,7 +47,7 @@ RESERVE_GATE, RESERVE_STD = 1e-5, 0.02
     year=2023,
     arxiv="2308.12043",
     code="FeiyuZhang98/IncreLoRA",
-    formula="the top weights by smoothed |dW . dL/dW| gain terms trained in advance, until the budget is spent",
+    formula="weights with the highest |dW . dL/dW| gain terms trained in advance until the budget is spent",
 )
 @dataclass(kw_only=True)
 class IncreLoRA(DynamicRanks):
@@ -93,15 +94,15 @@ class IncreLoRA(DynamicRanks):
 
     def begin(self, run: Run) -> None:
         """Give every weight its reserve."""
-        for pair in gated(run):
+        for pair in run.pairs:
             run.memory(pair.key).update(active=pair.rank, reserve=0)
-        run.memory()["first"] = sum(pair.rank for pair in gated(run))
-        for pair in gated(run):
+        run.memory()["first"] = sum(pair.rank for pair in run.pairs)
+        for pair in run.pairs:
             self.activate(run, pair, 0)
 
     def gradients_ready(self, run: Run) -> None:
         """Score every weight; the gates of reserves stay as they are."""
-        pairs = gated(run)
+        pairs = run.pairs
         for pair in pairs:
             memory = run.memory(pair.key)
             memory["score"] = smoothed(memory, "weight", self.importance(pair), self.beta1, self.beta2)
@@ -112,11 +113,11 @@ class IncreLoRA(DynamicRanks):
 
     def stepped(self, run: Run) -> None:
         """Let weights grow."""
-        for pair in gated(run):
+        for pair in run.pairs:
             gate_of(pair)[run.memory(pair.key)["active"] :] = RESERVE_GATE
         begin, end = window(run.total_steps, self.warmup, self.final)
         if run.step == end:
-            while self.missing(run) and self.grow(run, len(gated(run))):
+            while self.missing(run) and self.grow(run, len(run.pairs)):
                 pass
             self.drop_reserves(run)
         elif begin < run.step < end and (run.step - begin) % self.spacing(run, begin, end) == 0:
@@ -135,18 +136,18 @@ class IncreLoRA(DynamicRanks):
         """Return the steps between two events."""
         if self.interval is not None:
             return self.interval
-        needed = asked_total(run, gated(run)) - run.memory()["first"]
-        events = math.ceil(needed / (self.step_size(run) * min(self.top, len(gated(run)))))
+        needed = asked_total(run, run.pairs) - int(run.memory()["first"])
+        events = math.ceil(needed / (self.step_size(run) * min(self.top, len(run.pairs))))
         return max(1, (end - begin) // max(1, events))
 
     def missing(self, run: Run) -> int:
         """Return how many terms are missing in the budget."""
-        pairs = gated(run)
-        return asked_total(run, pairs) - sum(run.memory(pair.key)["active"] for pair in pairs)
+        pairs = run.pairs
+        return asked_total(run, pairs) - sum(int(run.memory(pair.key)["active"]) for pair in pairs)
 
     def grow(self, run: Run, top: int) -> bool:
         """Let the top weights grow that have room, the most important first; say whether any did."""
-        able = [pair for pair in gated(run) if run.memory(pair.key)["reserve"]]
+        able = [pair for pair in run.pairs if run.memory(pair.key)["reserve"]]
         able.sort(key=lambda pair: -float(run.memory(pair.key)["score"]))
         left = self.missing(run)
         for pair in able[:top]:
@@ -173,7 +174,7 @@ class IncreLoRA(DynamicRanks):
 
     def drop_reserves(self, run: Run) -> None:
         """Take all reserves away."""
-        for pair in gated(run):
+        for pair in run.pairs:
             memory = run.memory(pair.key)
             if memory["reserve"]:
                 memory["reserve"] = 0

@@ -4,9 +4,9 @@
 
 Ding et al. 2023. B, A and g move by the optimizer, g without weight decay; then every gate is shrunk towards
 zero by xi, whatever the learning rate. `threshold` = 3e-4 and the smooth term's weight 10 are those of the
-authors' code. `stages` raises xi evenly from `threshold` to `last`, stage by stage, as in the paper's study of
-memorisation. When training is over the terms whose gate is zero are taken away: an ordinary product of lower
-rank, of which one term always stays. alpha is divided by the initial rank, whatever remains.
+authors' code. `stages` raises xi evenly from `threshold` to `last`, stage by stage, as in the paper's study
+of memorisation. When training is over the terms whose gate is zero are taken away: an ordinary product of
+lower rank, of which one term always stays. alpha is divided by the initial rank, whatever remains.
 
 Start: with a zero product g ~ N(0, 1), and only B has a gradient; behind factors that an initialiser takes
 out of the base or moves it by, g = 1.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...errors import InvalidOption
 from ...weights import Leaf
-from ..events import drop_closed, gate_of, gated, over, total_rank
+from ..events import drop_closed, gate_of, over, total_rank
 from ..registry import ranks
 from ..rules import DynamicRanks, soft_threshold
 from ..run import Run, TrainedPair
@@ -100,13 +100,13 @@ class SoRA(DynamicRanks):
 
     def gradients_ready(self, run: Run) -> None:
         """Add the smooth term's gradient, l1 sign(g) / number of gates."""
-        pairs = gated(run)
+        pairs = run.pairs
         for pair in pairs:
             add_slope(gate_of(pair), self.penalty / total_rank(pairs) * gate_of(pair).sign())
 
     def stepped(self, run: Run) -> None:
         """Take the proximal step."""
-        shrink(gated(run), self.xi(run), dead_zone=self.dead_zone)
+        shrink(run.pairs, self.xi(run), dead_zone=self.dead_zone)
 
     def finish(self, run: Run) -> None:
         """Take the closed terms away, if training is over."""

@@ -12,6 +12,7 @@ An initialiser that gives a core of its own (lora-sb) starts R there, between it
 Deviation: alpha is the rank by default, so s = 1; the paper's runs set it.
 """
 
+from ...errors import InvalidOption
 from ...weights import Weight
 from ..registry import near_base, structure
 from ..site import Site
@@ -38,6 +39,8 @@ def lora_xs(site: Site, rank: int, *, alpha: float | None = None, std: float = 1
         alpha: numerator of the scaling alpha / rank; the rank by default.
         std: standard deviation of R at the start.
     """
+    if std < 0:
+        raise InvalidOption(f"lora-xs: std must be at least 0, not {std}")
     scaling = site.scaling(alpha, rank)
     basis = site.basis(rank, scaling)
     start, right = basis.core, basis.right

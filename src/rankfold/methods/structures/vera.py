@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ...errors import InvalidOption
 from ...weights import Diagonal, Weight
 from ..registry import structure
 from ..site import Planned, Site
@@ -46,7 +47,9 @@ def shared_pair(
     sides=True,
 )
 def vera(site: Site, rank: int, *, d_initial: float = 0.1) -> Weight:
-    """Return W0 + diag(b) B diag(d) A; d starts at d_initial, b at zero."""
+    """Return W0 + diag(b) B diag(d) A; d starts at d_initial, which is not zero, b at zero."""
+    if d_initial == 0:
+        raise InvalidOption("vera: d_initial must not be 0, where b and d would never get a gradient")
     out, columns = site.shape
     up, down = site.pooled("up", "up", (out, rank)), site.pooled("down", "down", (rank, columns))
     d = site.trained(site.zeros(rank) + d_initial, "d")
