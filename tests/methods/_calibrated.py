@@ -15,7 +15,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def pairs(out: int = 6, columns: int = 8, *, count: int = 3, tokens: int = 20, seed: int = 5) -> list[Pair]:
-    """Return batches of inputs (tokens, columns) and targets (tokens, out), whose inputs are not isotropic."""
+    """Return batches of inputs (tokens, columns) and targets (tokens, out); the inputs are not isotropic."""
     widths = torch.linspace(2, 0.3, columns, dtype=torch.float64)
     return [
         (normal(tokens, columns, seed=seed + i) * widths, normal(tokens, out, seed=seed + 50 + i))

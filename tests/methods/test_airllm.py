@@ -65,7 +65,7 @@ def test_rewards_weigh_within_their_bounds_and_equal_rewards_alike() -> None:
 
 
 class Known(Proposer):
-    """A denoiser that knows the answer: the noise that belongs to one z with the state, to another without."""
+    """A denoiser that knows the answer: the state itself where it is known, else zero."""
 
     def noise(self, z: Tensor, level: Tensor, state: Tensor, known: Tensor) -> Tensor:
         signal = self.signal[level.long()][:, None]

@@ -13,7 +13,7 @@ from methods._layers import base, change, expression_of, leaves_of, linear, norm
 from torch import nn
 
 import rankfold as rf
-from rankfold.errors import InvalidOption
+from rankfold.errors import Incompatible, InvalidOption
 from rankfold.methods.ranks.ard_lora import Ramp
 from rankfold.weights import trained
 
@@ -64,12 +64,17 @@ def test_the_first_output_is_the_bases_and_the_open_terms_are_those_asked_for(
     assert gates(model).sum() == opened
 
 
-def test_behind_a_closed_gate_the_amount_can_open_the_first_term() -> None:
-    model = adapted("lora/random/ard-lora")
-    assert gates(model).sum() == 0
-    assert torch.equal(expression_of(model).dense(), base(model))
-    model(normal(4, 8)).sum().backward()
-    assert amount(model).grad != 0
+def test_a_start_behind_a_closed_gate_is_refused_because_the_penalty_would_keep_it_closed() -> None:
+    with pytest.raises(Incompatible, match="behind a gate"):
+        adapted("lora/random/ard-lora")
+
+
+def test_beside_a_whole_rank_both_gates_pass_their_gradient() -> None:
+    value = trained(torch.tensor([1.0], dtype=torch.float64), "gate")
+    for term in (1, 2):  # the last open one and the first closed one of two
+        value.value.grad = None
+        Ramp(value, 2.0, 4, "ramp").tensor()[term].backward()
+        assert value.value.grad == 2
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:

@@ -94,7 +94,7 @@ class Sides(nn.Module):
 
 
 def planted(seed: int, count: int = 2) -> list[tuple[Tensor, Tensor]]:
-    """Return inputs, and the outputs where one weight differs by a matrix of rank 4, the other by one of rank 1."""
+    """Return inputs and outputs; one weight differs by a matrix of rank 4, the other by one of rank 1."""
     teacher = Sides()
     teacher.rich.weight.data += normal(8, 4, seed=50) @ normal(4, 8, seed=51) / 4
     teacher.poor.weight.data += normal(8, 1, seed=52) @ normal(1, 8, seed=53) / 2

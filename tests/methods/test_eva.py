@@ -183,12 +183,13 @@ def by_peft(batch: Tensor, rank: int, rho: float) -> tuple[nn.Module, dict[str, 
     return layers, {path: 0 if a is None else a["default"].weight.shape[0] for path, a in downs.items()}
 
 
-def skewed(rows: int = 60) -> Tensor:
-    return normal(rows, 12).float() * torch.tensor([3, 3] + 10 * [0.01])
+def spread(*deviations: float) -> Tensor:
+    """Return rows of which the first features have these deviations and the others 0.01."""
+    return normal(60, 12).float() * torch.tensor([*deviations, *(12 - len(deviations)) * [0.01]])
 
 
 def test_the_directions_are_pefts_up_to_signs() -> None:
-    batch = skewed()
+    batch = spread(9, 6, 4, 2, 1)
     theirs, _ = by_peft(batch, 3, 1.0)
     ours = rf.adapt(
         perceptron(), "lora/init=eva", rank=3, alpha=6, targets=["0", "2"], data=[batch], progress=False
@@ -200,7 +201,7 @@ def test_the_directions_are_pefts_up_to_signs() -> None:
 
 
 def test_the_ranks_and_the_scaling_are_pefts() -> None:
-    batch = skewed()
+    batch = spread(3, 3)
     theirs, given = by_peft(batch, 3, 2.0)
     assert sum(given.values()) == 6
     assert given["0"] != given["2"]

@@ -172,7 +172,7 @@ def test_alpha_is_divided_by_the_rank_that_a_weight_got(init: str, tmp_path: Pat
     layers = two_layers()
     (sum(squares(layers, batch) for batch in pairs()) / 3).backward()  # type: ignore[union-attr]
     weights = {path: layers.get_submodule(path).weight for path in ("0", "2")}
-    importance = {path: float((w * w.grad).abs().mean()) for path, w in weights.items()}
+    importance = {path: (w * w.grad).abs().mean().item() for path, w in weights.items()}
     budget = 2 * (24 + 22)
     shares = {p: round(budget * i / sum(importance.values())) for p, i in importance.items()}
     assert given == {p: min(max(shares[p] // sum(weights[p].shape), 1), 8) for p in given}

@@ -115,7 +115,7 @@ def test_first_moments_are_mapped_exactly_as_gradients_are() -> None:
 
 
 def test_second_moments_stay_positive_and_take_squared_coefficients() -> None:
-    before, states, after, _ = squeezed_state(point(times=2))
+    _, states, after, _ = squeezed_state(point(times=2))
     for name, gradient in after.items():
         second = states[name]["exp_avg_sq"]
         assert second.shape == gradient.shape

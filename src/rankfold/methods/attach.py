@@ -49,6 +49,9 @@ class Attached:
             run.optimizer.register_step_pre_hook(self._before),
             run.optimizer.register_step_post_hook(self._after),
         ]
+        for name, method in self.methods.items():
+            run.enter(name)
+            self._handles += method.watch(run)
 
     def remove(self) -> None:
         """Let every method finish, and let go of the optimizer; what is remembered stays in its state."""

@@ -82,7 +82,7 @@ def _of_init(
 def _of_ranks(structure: Chosen, ranks: Chosen) -> Iterator[str]:
     if structure.trait("rank") is None:
         yield f"{structure.name} has no rank that {ranks.name} could share out"
-    elif ranks.trait("dynamic") and not structure.trait("pairs"):
+    elif _on_pairs(ranks) and not structure.trait("pairs"):
         acts = "gates" if _gated(ranks) else "changes"
         yield f"{ranks.name} {acts} the terms of a trained product of two factors, and {structure.name} has none"
     elif ranks.trait("entries")(ranks.options) and not structure.trait("entries"):
@@ -95,6 +95,11 @@ def _of_ranks(structure: Chosen, ranks: Chosen) -> Iterator[str]:
 def _gated(ranks: Chosen) -> bool:
     """Whether a rank rule puts gates between the factors."""
     return bool(ranks.trait("dynamic") and ranks.method.build.gated)  # type: ignore[attr-defined]
+
+
+def _on_pairs(ranks: Chosen) -> bool:
+    """Whether a rank rule changes the trained products of two factors."""
+    return bool(ranks.trait("dynamic") and ranks.method.build.on_pairs)  # type: ignore[attr-defined]
 
 
 def _of_dynamics(structure: Chosen, ranks: Chosen | None, each: Chosen) -> Iterator[str]:
@@ -112,7 +117,8 @@ def _of_dynamics(structure: Chosen, ranks: Chosen | None, each: Chosen) -> Itera
         yield f"{each.name} tells the output side from the input side, and {structure.name} trains on one only"
     if each.trait("moves_base") and structure.trait("activations"):
         yield f"{each.name} moves changes into stored weights, and {structure.name} changes activations"
-    if ranks is not None and ranks.trait("dynamic") and not each.trait("gates"):
+    changed = ranks is not None and (_on_pairs(ranks) or ranks.trait("entries")(ranks.options))
+    if ranks is not None and changed and not each.trait("gates"):
         does = "puts a gate between them" if _gated(ranks) else "changes them too"
         yield f"{each.name} needs the factors alone, and {ranks.name} {does}"
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..weights import Leaf, Weight
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from .run import Run
     from .site import Place
 
@@ -69,6 +71,13 @@ class Dynamics:
     def check(self, run: Run) -> None:
         """Refuse what this training cannot give; called by `attach`, also when training resumes."""
 
+    def watch(self, run: Run) -> Sequence[RemovableHandle]:
+        """Put hooks on the model, which go with the handle; called by `attach`, also when training resumes.
+
+        They store what they see in `run.memory(key, scope)`, with the scope that `run` has now.
+        """
+        return ()
+
     def begin(self, run: Run) -> None:
         """Act once, when training begins and not when it resumes."""
 
@@ -88,11 +97,14 @@ class DynamicRanks(Dynamics):
     Attributes:
         gated: whether there are gates at all; a rule without them changes the factors themselves.
         opens: whether its gates can start at zero and be opened by training.
+        on_pairs: whether it acts on trained products of two factors; a rule that does not acts on the leaves
+            that meet the input, where its registration says so (`entries`).
         alpha_over: the rank that alpha is divided by: "first", the one that a weight begins with, or "asked".
     """
 
     gated: ClassVar[bool] = True
     opens: ClassVar[bool] = True
+    on_pairs: ClassVar[bool] = True
     alpha_over: ClassVar[str] = "first"
 
     def share(self, units: Sequence[Unit], rank: int) -> Mapping[str, int]:

@@ -140,10 +140,21 @@ class Run:
         """How many steps the optimizer has taken; one that a gradient scaler skipped is not counted."""
         return int(self.state["clock"])
 
-    def memory(self, key: str = "") -> dict[str, Any]:
-        """Return what the method under way remembers under a key: a dict of tensors and numbers, kept."""
-        found: dict[str, Any] = self.state["memory"].setdefault(self._scope, {}).setdefault(key, {})
+    def memory(self, key: str = "", scope: str | None = None) -> dict[str, Any]:
+        """Return what the method under way remembers under a key: a dict of tensors and numbers, kept.
+
+        Args:
+            key: of the method's own choice.
+            scope: of the method, where another one may be under way, as in a hook.
+        """
+        scope = self._scope if scope is None else scope
+        found: dict[str, Any] = self.state["memory"].setdefault(scope, {}).setdefault(key, {})
         return found
+
+    @property
+    def scope(self) -> str:
+        """The name under which the method under way is known."""
+        return self._scope
 
     def enter(self, scope: str) -> None:
         """Let `memory` and `generator` be those of a method from now on."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import Incompatible, InvalidOption
 from ..layers import StructuredLayer
+from ..linalg import factored_svd
 from ..statistics import WeightStatistics
 from ..weights import Base, Dense, Dropped, Gates, Pooled, Weight
 from .registry import Method
@@ -41,20 +42,28 @@ class Basis:
 
     Attributes:
         left: (out, r).
-        values: (r,).
+        values: (r,), of either sign; ones where there is a middle.
         right: (r, in).
         core: (r, r) where a trained core is to start, or None where the structure knows.
+        middle: (r, r) in the place of diag(values), `left middle right`, or None.
     """
 
     left: Tensor
     values: Tensor
     right: Tensor
     core: Tensor | None = None
+    middle: Tensor | None = None
 
     def split(self, scaling: float) -> Factors:
-        """Return residual factors with `scaling * up @ down = left diag(values) right`, split evenly."""
-        root = (self.values / scaling).sqrt()
-        return Factors(self.left * root, root[:, None] * self.right, "residual")
+        """Return residual factors with `scaling * up @ down = left diag(values) right`, split evenly.
+
+        Signs go to the left; with a middle, the product is split over its singular values.
+        """
+        left, values, right = self.left, self.values, self.right
+        if self.middle is not None:
+            left, values, right = factored_svd(left @ self.middle, right)
+        root = (values.abs() / scaling).sqrt()
+        return Factors(left * (root * values.sign()), root[:, None] * right, "residual")
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _follows(name: str, value: Tensor, shape: torch.Size) -> bool:
 
 
 def _own_axis(name: str, value: Tensor, dimensions: int, axis: int) -> int | None:
-    """Return the axis of a moment that is the given one of the parameter, or None where it was summed over."""
+    """Return which axis of a moment is the given one of the parameter, or None where it was summed over."""
     if name not in _FACTORED:
         return axis
     reduced = dimensions + _FACTORED[name]

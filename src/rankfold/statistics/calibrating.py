@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..layers import StructuredLayer
@@ -25,7 +24,6 @@ def calibrating(model: nn.Module, trained: Iterable[Tensor]) -> Iterator[None]:
     modes = {module: module.training for module in _modules(model)}
     parameters = list(model.parameters())
     flags, gradients = [p.requires_grad for p in parameters], [p.grad for p in parameters]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         for module in modes:
             module.training = module.training and _packs(module)
@@ -34,10 +32,8 @@ def calibrating(model: nn.Module, trained: Iterable[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
         for tensor in trained:
             tensor.requires_grad_(True)
-        torch.backends.mha.set_fastpath_enabled(False)  # it calls no layer
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, mode in modes.items():
             module.training = mode
         for parameter, flag, gradient in zip(parameters, flags, gradients, strict=True):

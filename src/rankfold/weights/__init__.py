@@ -1,19 +1,6 @@
 """The weight language: every weight is an expression over a few structured linear maps."""
 
-from .composites import (
-    ColumnNormalized,
-    Composite,
-    Dropped,
-    Hadamard,
-    Modulated,
-    Normalized,
-    Product,
-    Scaled,
-    Split,
-    Sum,
-    row_norms,
-    term_is_dense,
-)
+from .composites import Composite, Dropped, Scaled
 from .gates import Gated, Gates
 from .leaves import (
     Base,
@@ -29,7 +16,9 @@ from .leaves import (
     owned,
     trained,
 )
+from .normalized import ColumnNormalized, Normalized, row_norms
 from .op import LINEAR, Convolution, Op
+from .products import Hadamard, Modulated, Product
 from .structured import (
     BlockDiagonal,
     Diagonal,
@@ -42,6 +31,7 @@ from .structured import (
     TensorTrain,
     Tucker,
 )
+from .sums import Split, Sum, term_is_dense
 from .weight import Count, Leaf, Pair, Transposed, Weight
 
 __all__ = [

@@ -113,7 +113,8 @@ class Grid(Weight):
 
     def sides(self) -> Iterator[tuple[Leaf, str]]:
         """Yield the trained ones of the two leaves."""
-        yield from ((leaf, side) for leaf, side in ((self.up, "output"), (self.down, "input")) if leaf.trainable)
+        ends = ((self.up, "output"), (self.down, "input"))
+        yield from ((leaf, side) for leaf, side in ends if leaf.trainable)
 
     def macs(self, tokens: int) -> int:
         """Return tokens * k q * (out + in) / k, a plain product's at the same parameter count."""

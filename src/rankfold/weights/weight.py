@@ -197,7 +197,7 @@ class Weight(nn.Module):
 
     def __add__(self, other: Weight | float) -> Weight:
         if isinstance(other, Weight):
-            from .composites import Sum
+            from .sums import Sum
 
             return Sum(self, other)
         return self if other == 0 else NotImplemented
@@ -208,12 +208,13 @@ class Weight(nn.Module):
         return self + -1.0 * other
 
     def __matmul__(self, other: Weight) -> Weight:
-        from .composites import Product
+        from .products import Product
 
         return Product(self, other)
 
     def __mul__(self, other: Weight | float) -> Weight:
-        from .composites import Hadamard, Scaled
+        from .composites import Scaled
+        from .products import Hadamard
 
         return Hadamard(self, other) if isinstance(other, Weight) else Scaled(other, self)
 

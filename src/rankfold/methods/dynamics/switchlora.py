@@ -103,7 +103,7 @@ class SwitchLoRA(Dynamics):
     def count(self, run: Run, rank: int, generator: torch.Generator) -> int:
         """Draw how many vectors of one factor are switched at this step."""
         assert run.total_steps is not None
-        share = 0.3 ** ((run.step + 1) / (self.ratio * run.total_steps))
+        share = math.pow(0.3, (run.step + 1) / (self.ratio * run.total_steps))
         expected = rank * share / self.interval
         whole = math.floor(expected)
         return whole + int(torch.rand((), generator=generator) < expected - whole)
@@ -201,7 +201,8 @@ def _adam(options: dict[str, Any], first: Tensor, second: Tensor, steps: Tensor)
     (beta, second_beta), rate = options["betas"], float(options["lr"])
     mean = first.double() / (1 - beta**steps)
     size = (second.double() / (1 - second_beta**steps)).sqrt() + options["eps"]
-    return (rate if options["maximize"] else -rate) * mean / size
+    step: Tensor = (rate if options["maximize"] else -rate) * mean / size
+    return step
 
 
 def _factor(pair: TrainedPair, side: str) -> Tensor:

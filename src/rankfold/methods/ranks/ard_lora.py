@@ -12,8 +12,8 @@ R is `most` times the rank asked for, r0; alpha is divided by R. lambda = 1e-3, 
 guesses.
 
 Terms that stay closed are dropped by `rankfold.squeeze` after training. Start: the structure's and the
-initialiser's: a = 1 where the product is zero; 0 behind a gate that has to be zero; and where the start is
-subtracted from the base or moves it, all R terms are open.
+initialiser's: a = 1 where the product is zero; where the start is subtracted from the base or moves it, all
+R terms are open.
 
 Deviations: one amount per weight and not per head; amounts and factors are trained in the same step.
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -91,6 +92,7 @@ class ArdLora(DynamicRanks):
     penalty: float = 1e-3
     variation: float = 0.1
     most: float = 2.0
+    opens: ClassVar[bool] = False  # the penalty would keep an amount of zero there
 
     def __post_init__(self) -> None:
         if self.penalty < 0 or self.variation < 0 or self.most < 1:
@@ -102,7 +104,7 @@ class ArdLora(DynamicRanks):
 
     def gate(self, site: Place, name: str, rank: int, start: str) -> Leaf:
         """Return the ramp of a product."""
-        opened = {"zero": 1.0, "gated": 0.0}.get(start, self.most)
+        opened = 1.0 if start == "zero" else self.most
         return Ramp(site.trained(site.zeros(1) + opened, name), rank / self.most, rank, f"{name}.ramp")
 
     def gradients_ready(self, run: Run) -> None:

@@ -140,7 +140,7 @@ def middle(model: nn.Module) -> dict[str, int]:
         InvalidOption: they are not.
     """
     rule, pairs = _super_network(model)
-    return {path: rule.width(len(rule.choices) // 2, len(_mask(pair))) for path, pair in pairs.items()}
+    return {path: rule.width(len(rule.choices) // 2, most) for path, (_, most) in pairs.items()}
 
 
 def choose(model: nn.Module, configuration: Configuration) -> None:
@@ -150,12 +150,13 @@ def choose(model: nn.Module, configuration: Configuration) -> None:
         InvalidRank: a weight is missing or its number of terms is not in 1..R; nothing is changed then.
     """
     _, pairs = _super_network(model)
-    for path, pair in pairs.items():
-        count, most = configuration.get(path), len(_mask(pair))
+    for path, (_, most) in pairs.items():
+        count = configuration.get(path)
         if not isinstance(count, int) or not 1 <= count <= most:
             raise InvalidRank(f"{path}: the configuration must give it a rank in 1..{most}, not {count!r}")
-    for path, pair in pairs.items():
-        _open(pair, configuration[path])
+    for path, (products, _) in pairs.items():
+        for pair in products:
+            _open(pair, configuration[path])
 
 
 def climb(
@@ -181,7 +182,7 @@ def climb(
     generator = random.Random(seed)
 
     def widths(chosen: Mapping[str, int]) -> dict[str, int]:
-        return {path: rule.width(chosen[rule.group(path)], len(_mask(p))) for path, p in pairs.items()}
+        return {path: rule.width(chosen[rule.group(path)], most) for path, (_, most) in pairs.items()}
 
     def score(chosen: Mapping[str, int]) -> float:
         choose(model, widths(chosen))
@@ -219,12 +220,12 @@ def extract(model: nn.Module, configuration: Configuration) -> nn.Module:
     return squeeze(model)
 
 
-def _super_network(model: nn.Module) -> tuple[Lonas, dict[str, Pair]]:
+def _super_network(model: nn.Module) -> tuple[Lonas, dict[str, tuple[list[Pair], int]]]:
+    """Return the rule, and for every weight its products and their full rank."""
     adaptation = require(model)
     adapter = adaptation.adapter()
     rule: Any = resolve(Recipe.from_dict(adapter.record["recipe"]), {}).rule
     if not isinstance(rule, Lonas):
         raise InvalidOption(f"the ranks of the adapter {adapter.name!r} are not lonas's")
-    return rule, {
-        path: pair for path, e in adaptation.expressions(adapter.name).items() for pair in e.pairs()
-    }
+    found = {path: list(e.pairs()) for path, e in adaptation.expressions(adapter.name).items()}
+    return rule, {path: (pairs, len(_mask(pairs[0]))) for path, pairs in found.items()}

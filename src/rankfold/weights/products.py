@@ -1,0 +1,367 @@
+"""Matrix products and entrywise products of expressions, each choosing how it is evaluated."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .composites import Composite, Factors, cast_pair
+from .kernels import modulated_linear, scaled_matrix
+from .leaves import Base, Dense, Foreign
+from .op import LINEAR, Op
+from .structured import Diagonal, Reflections
+from .sums import Split, added, wider
+from .weight import Leaf, Pair, Weight, tick
+
+
+class Product(Composite[tuple[Factors | None, Split | None]]):
+    """The matrix product of expressions, applied right to left, or through one small pair.
+
+    Factors are flattened. Between two trained leaves a diagonal gate may be inserted (`insert_gate`).
+    """
+
+    atomic = False
+    factors: Sequence[Weight]
+
+    def __init__(self, *factors: Weight) -> None:
+        flat: list[Weight] = [
+            f for factor in factors for f in (factor.factors if isinstance(factor, Product) else [factor])
+        ]
+        for left, right in itertools.pairwise(flat):
+            if left.shape[1] != right.shape[0]:
+                raise ValueError(
+                    f"cannot multiply {left.formula()} by {right.formula()}: the shapes do not meet"
+                )
+        super().__init__((flat[0].shape[0], flat[-1].shape[1]))
+        self._set(flat)
+
+    def _set(self, factors: list[Weight]) -> None:
+        self.factors = nn.ModuleList(factors)  # type: ignore[assignment]  # a registered sequence
+
+    def rank(self) -> int:
+        """The smallest inner dimension."""
+        return min(factor.shape[1] for factor in list(self.factors)[:-1])
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        return functools.reduce(_multiplied, [factor.dense() for factor in self.factors])
+
+    def factored(self) -> tuple[Tensor, Tensor] | None:
+        """Return (up, down), split where the inner dimension is smallest and the fewest sides are trained.
+
+        A frozen side needs no gradient: of diag(b) B diag(d) A with B and A frozen, `down` is A itself.
+        """
+        if self.small_rank() is None:
+            return None
+        factors = list(self.factors)
+        cuts = [(f.shape[0], _trained_sides(factors, i), i) for i, f in enumerate(factors) if i]
+        cut = min(cuts)[2]
+        return _chain(factors[:cut], from_left=False), _chain(factors[cut:], from_left=True)
+
+    def small_rank(self) -> int | None:
+        """Return the smallest inner dimension, unless a wide factor makes the small form a bad idea."""
+        factors = list(self.factors)
+        rank = self.rank()
+        if rank >= min(self.shape) and not all(isinstance(f, Leaf | Diagonal) for f in factors):
+            return None
+        return None if any(isinstance(f, Base) for f in factors) else rank
+
+    def reflected(self) -> Split | None:
+        """Return `W + up @ down` for a stored weight times reflections, W (I - V T V^T) = W - (W V T) V^T."""
+        base, *rest = self.factors
+        if not isinstance(base, Base) or isinstance(base, Foreign) or base.inner is not None:
+            return None
+        if len(rest) != 1 or not isinstance(rest[0], Reflections):
+            return None
+        weight, (vectors, core) = base.tensor(), (t.to(base.tensor().dtype) for t in rest[0].compact())
+        return Split(base=weight, trained=(weight @ vectors @ -core, vectors.T))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Apply through the small pair where there is one, else factor by factor or as one matrix."""
+        pair, split = self.keep()
+        if split is not None and split.base is not None and split.trained is not None:
+            return added(x, split.base, bias, op, split.trained)
+        if self._denser(op.tokens(x)) or (pair is None and op.groups > 1):
+            return op.apply(x, self.dense().to(x.dtype), bias)
+        if pair is not None:
+            return op.add(op.low_rank(x, *cast_pair(pair, x)), bias)
+        y: Tensor = self.factors[-1](x, op=op)
+        for factor in reversed(list(self.factors)[:-1]):
+            y = op.channels(y, factor)
+        return op.add(y, bias)
+
+    map = forward
+
+    def derived(self) -> tuple[tuple[Tensor, Tensor] | None, Split | None]:
+        """Return the small pair, or the sum that reflections amount to."""
+        pair = self.factored()
+        return pair, None if pair is not None else self.reflected()
+
+    def _denser(self, tokens: int) -> bool:
+        training = 3 if torch.is_grad_enabled() else 1
+        return training * self.dense_macs() + tokens * math.prod(self.shape) < self.macs(tokens)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows of the left factor, taken through the others."""
+        y = self.factors[0].rows(ids)
+        for factor in list(self.factors)[1:]:
+            y = factor.T.map(y)
+        return y
+
+    def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
+        """Yield the pair of a product `up @ down` or `up @ diag(gate) @ down` of trained leaves."""
+        ends = [self.factors[0], self.factors[-1]]
+        middle = list(self.factors)[1:-1]
+        if len(middle) > 1 or not all(isinstance(end, Dense) and end.trainable for end in ends):
+            return
+        gate = middle[0] if middle else None
+        if gate is None:
+            yield Pair(ends[0], ends[1], scale, None, self)  # type: ignore[arg-type]
+        elif isinstance(gate, Diagonal):
+            yield Pair(ends[0], ends[1], scale, gate.vector, self)  # type: ignore[arg-type]
+
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the trained leaves of the first and the last factor that have any, unless they are one."""
+        factors = [
+            [leaf for leaf in f.leaves() if leaf.trainable]
+            for f in self.factors
+            if not (isinstance(f, Diagonal) and f.vector.name.startswith("gate"))
+        ]
+        trained = [leaves for leaves in factors if leaves]
+        if len(trained) > 1:
+            yield from ((leaf, "output") for leaf in trained[0])
+            yield from ((leaf, "input") for leaf in trained[-1])
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the leaves of the factor that meets the input."""
+        yield from self.factors[-1].entries()
+
+    def insert_gate(self, gate: Leaf) -> None:
+        """Put diag(gate) between the two factors; gate has shape (r,)."""
+        self._set([self.factors[0], Diagonal(gate), self.factors[1]])
+        tick()  # whatever this product is part of holds the old pair
+
+    def remove_gate(self) -> None:
+        """Take the gate between the two factors away."""
+        self._set([self.factors[0], self.factors[-1]])
+        tick()
+
+    def resize(self, up: Tensor, down: Tensor, gate: Tensor | None = None) -> None:
+        """Let the two trained factors, and the gate between them, hold values of another rank."""
+        ends = (self.factors[0], self.factors[-1])
+        assert all(isinstance(end, Dense) for end in ends)
+        for end, value in zip(ends, (up, down), strict=True):
+            end.resize(value)  # type: ignore[operator]
+        if gate is not None:
+            middle = self.factors[1]
+            middle.vector.resize(gate)  # type: ignore[operator]
+            middle.shape = (gate.shape[0], gate.shape[0])
+        tick()
+
+    def macs(self, tokens: int) -> int:
+        """Return the sum over the factors."""
+        return sum(factor.macs(tokens) for factor in self.factors)
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of multiplying the factors out, left to right."""
+        rows, total = self.shape[0], 0
+        for factor in list(self.factors)[1:]:
+            total += factor.macs(rows)
+        return total
+
+    @property
+    def T(self) -> Weight:
+        """The transposed factors in the opposite order."""
+        return Product(*(factor.T for factor in reversed(list(self.factors))))
+
+    def formula(self) -> str:
+        """Return the factors joined by @."""
+        return " @ ".join(factor.bracketed() for factor in self.factors)
+
+
+def _trained_sides(factors: list[Weight], cut: int) -> int:
+    sides = (factors[:cut], factors[cut:])
+    return sum(any(leaf.trainable for factor in side for leaf in factor.leaves()) for side in sides)
+
+
+def _chain(factors: list[Weight], *, from_left: bool) -> Tensor:
+    """Multiply factors out, starting at the thin end; a diagonal stays a vector."""
+    values = [f.vector.tensor() if isinstance(f, Diagonal) else f.dense() for f in factors]
+    if [v.dim() for v in values] == [1, 2, 1] and not values[1].requires_grad:
+        return scaled_matrix(values[1], values[0], values[2])
+    if from_left:
+        result = functools.reduce(_multiplied, values)
+    else:
+        result = functools.reduce(lambda right, left: _multiplied(left, right), reversed(values))
+    return torch.diag(result) if result.dim() == 1 else result
+
+
+def _multiplied(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply two matrices in the wider of their dtypes; a vector stands for a diagonal matrix."""
+    if left.dim() == 1 and right.dim() == 2:
+        return left[:, None] * right
+    if right.dim() == 1:
+        return left * right
+    dtype = wider(left, right)
+    return left.to(dtype) @ right.to(dtype)
+
+
+class Hadamard(Composite[Factors | None]):
+    """The entrywise product of two expressions; of two small ones by the Khatri-Rao product of their factors.
+
+    (B1 A1) . (B2 A2) = (B1 * B2) (A1 * A2),  rank r1 r2, never formed as a matrix unless that is cheaper.
+    """
+
+    atomic = False
+
+    def __init__(self, left: Weight, right: Weight) -> None:
+        if left.shape != right.shape:
+            raise ValueError(
+                f"cannot multiply {left.formula()} by {right.formula()} entrywise: the shapes differ"
+            )
+        super().__init__(left.shape)
+        self.left, self.right = left, right
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        return self.left.dense() * self.right.dense()
+
+    def factored(self) -> tuple[Tensor, Tensor] | None:
+        """Return the Khatri-Rao pair."""
+        first, second = self.left.factored(), self.right.factored()
+        if first is None or second is None:
+            return None
+        up = (first[0][:, :, None] * second[0][:, None, :]).flatten(1)
+        return up, (first[1][:, None, :] * second[1][None, :, :]).flatten(0, 1)
+
+    def derived(self) -> tuple[Tensor, Tensor] | None:
+        """Return the small pair."""
+        return self.factored()
+
+    def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
+        """Yield the pairs of both sides; neither is a term of the weight."""
+        for pair in itertools.chain(self.left.pairs(scale), self.right.pairs(scale)):
+            yield replace(pair, additive=False)
+
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the two-sided leaves of both factors."""
+        yield from self.left.sides()
+        yield from self.right.sides()
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the leaves of both factors that meet the input."""
+        yield from self.left.entries()
+        yield from self.right.entries()
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Apply through the Khatri-Rao pair, or as a matrix where that costs less."""
+        if self._denser(op.tokens(x)):
+            return op.apply(x, self.dense().to(x.dtype), bias)
+        return op.add(op.low_rank(x, *cast_pair(self.keep(), x)), bias)  # type: ignore[arg-type]
+
+    map = forward
+
+    def small_rank(self) -> int | None:
+        """Return r1 r2, where both sides have a small form."""
+        left, right = self.left.small_rank(), self.right.small_rank()
+        return None if left is None or right is None else left * right
+
+    def _denser(self, tokens: int) -> bool:
+        rank = self.small_rank()
+        dense = self.dense_macs() + tokens * math.prod(self.shape)
+        return rank is None or dense < tokens * rank * sum(self.shape)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the product of the rows."""
+        return self.left.rows(ids) * self.right.rows(ids)
+
+    def macs(self, tokens: int) -> int:
+        """Return the multiply-adds at the cheaper of the two orders."""
+        dense, rank = self.dense_macs() + tokens * math.prod(self.shape), self.small_rank()
+        return dense if rank is None else min(dense, tokens * rank * sum(self.shape))
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of forming both matrices and their product."""
+        return self.left.dense_macs() + self.right.dense_macs() + math.prod(self.shape)
+
+    @property
+    def T(self) -> Weight:
+        """The entrywise product of the transposes."""
+        return Hadamard(self.left.T, self.right.T)
+
+    def formula(self) -> str:
+        """Return the factors joined by a dot."""
+        return f"{self.left.bracketed()} . {self.right.bracketed()}"
+
+
+class Modulated(Weight):
+    """`base . (1 + change)`: every entry of the base scaled by one plus the change."""
+
+    atomic = False
+
+    def __init__(self, base: Weight, change: Weight) -> None:
+        super().__init__(base.shape)
+        self.base, self.change = base, change
+
+    def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
+        """Yield the pairs of the change, which are no terms of the weight."""
+        for pair in self.change.pairs(scale):
+            yield replace(pair, additive=False)
+
+    def sides(self) -> Iterator[tuple[Leaf, str]]:
+        """Yield the two-sided leaves of the change."""
+        yield from self.change.sides()
+
+    def entries(self) -> Iterator[tuple[Leaf, int]]:
+        """Yield the leaves of the change that meet the input."""
+        yield from self.change.entries()
+
+    def dense(self) -> Tensor:
+        """Return the matrix, (out, in)."""
+        base, change = self.base.dense(), self.change.dense()
+        return (
+            torch.addcmul(base, base, change.to(base.dtype))
+            if base.dtype == change.dtype
+            else base * (1 + change)
+        )
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
+        """Form the modulated matrix, again in backward rather than keeping it."""
+        pair = self.change.factored()
+        if op is not LINEAR or pair is None or isinstance(self.base, Foreign):
+            return self._dense_forward(x, bias, op)
+        return modulated_linear(x, self.base.dense(), bias, *pair)
+
+    map = forward
+
+    def _dense_forward(self, x: Tensor, bias: Tensor | None, op: Op) -> Tensor:
+        change = (self.base.dense() * self.change.dense()).to(x.dtype)
+        return self.base(x, bias, op) + op.apply(x, change)  # type: ignore[no-any-return]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return modulated rows."""
+        base = self.base.rows(ids)
+        return base + base * self.change.rows(ids)
+
+    def macs(self, tokens: int) -> int:
+        """Return one product with the modulated matrix, and forming it."""
+        return tokens * math.prod(self.shape) + self.dense_macs()
+
+    def dense_macs(self) -> int:
+        """Return the multiply-adds of forming the matrix."""
+        return self.change.dense_macs() + math.prod(self.shape)
+
+    @property
+    def T(self) -> Weight:
+        """The modulated transpose."""
+        return Modulated(self.base.T, self.change.T)
+
+    def formula(self) -> str:
+        """Return base . (1 + change)."""
+        return f"{self.base.bracketed()} . (1 + {self.change.formula()})"

@@ -1,0 +1,166 @@
+"""Refactorisation: balanced factors of the same product."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from methods._layers import normal
+from methods._moving import Training, assert_ends, assert_resumes, dynamics_of, event, recipe
+
+import rankfold as rf
+from rankfold.errors import Incompatible, InvalidOption
+from rankfold.methods.dynamics.refactorise import refactorise
+
+
+def refactorisation(structure: Any = "lora", init: Any = None, **options: Any) -> rf.Recipe:
+    defaults = {"interval": 5, "reset_interval": None, "warmup": 0}
+    return recipe("refactorisation", structure, init, **(defaults | options))
+
+
+def unbalanced(training: Training, factor: float = 10.0) -> None:
+    with torch.no_grad():
+        for pair in training.started.pairs:
+            pair.up.mul_(factor)
+            pair.down.div_(factor)
+
+
+@pytest.mark.parametrize("structure", ["lora", "dora", "hira", "abba"])
+def test_the_product_and_the_function_stay_what_they_are(structure: str) -> None:
+    training = Training(refactorisation(structure))
+    training.run(4)
+    unbalanced(training)
+    dynamics_of(training, "refactorisation")
+    up, product = training.pair.up.detach().clone(), training.pair.change()
+    before, after = event(training, lambda: [refactorise(training.started, p) for p in training.started.pairs])
+    torch.testing.assert_close(after, before)
+    torch.testing.assert_close(training.pair.change(), product)
+    assert not torch.allclose(training.pair.up, up)
+
+
+def test_the_factors_are_balanced_and_as_small_as_any() -> None:
+    training = Training(refactorisation())
+    training.run(4)
+    unbalanced(training)
+    training.run(1)
+    up, down = training.pair.up.detach(), training.pair.down.detach()
+    values = torch.linalg.svdvals(up @ down)[:2]
+    torch.testing.assert_close(up.T @ up, torch.diag(values))
+    torch.testing.assert_close(down @ down.T, torch.diag(values))
+    torch.testing.assert_close(up.square().sum() + down.square().sum(), 2 * values.sum())
+
+
+def test_it_acts_every_interval_and_at_no_other_step() -> None:
+    training = Training(refactorisation(interval=3))
+    for step in range(1, 8):
+        training.run(1)
+        up, down = training.pair.up.detach(), training.pair.down.detach()
+        assert torch.allclose(up.T @ up, down @ down.T) == (step % 3 == 0)
+
+
+def test_first_moments_become_those_of_the_gradients_in_the_new_coordinates() -> None:
+    training = Training(refactorisation())
+    training.run(4)
+    unbalanced(training)
+    pair, run = training.pair, training.started
+    training.gradients()
+    state = training.optimizer.state
+    for factor in (pair.up, pair.down):
+        state[factor]["exp_avg"] = factor.grad.clone()
+    dynamics_of(training, "refactorisation")
+    with torch.no_grad():
+        refactorise(run, pair)
+    training.gradients()
+    for factor in (pair.up, pair.down):
+        torch.testing.assert_close(state[factor]["exp_avg"], factor.grad)
+
+
+def test_second_moments_of_uncorrelated_gradients_become_those_in_the_new_coordinates() -> None:
+    training = Training(refactorisation())
+    training.run(4)
+    pair, run, state = training.pair, training.started, training.optimizer.state
+    old_up, old_down = pair.up.detach().clone(), pair.down.detach().clone()
+    samples = normal(200_000, 2, seed=11) * torch.tensor([3.0, 0.5], dtype=torch.float64)
+    state[pair.up]["exp_avg_sq"] = samples.square().mean(0).expand(10, 2).clone()
+    dynamics_of(training, "refactorisation")
+    with torch.no_grad():
+        refactorise(run, pair)
+    to_old = torch.linalg.lstsq(pair.down.detach().T, old_down.T).solution  # A = to_old^T A'
+    moved = samples @ torch.linalg.inv(to_old).mT.mT  # g_B' = g_B N^T, A' = N A
+    torch.testing.assert_close(old_down, to_old.T @ pair.down.detach())
+    expected = (samples @ torch.linalg.inv(to_old.T).T).square().mean(0).expand(10, 2)
+    del moved, old_up
+    torch.testing.assert_close(state[pair.up]["exp_avg_sq"], expected, rtol=0.02, atol=0.02)
+
+
+def test_a_product_of_lower_rank_than_its_factors_is_left_as_it_is() -> None:
+    training = Training(refactorisation())
+    dynamics_of(training, "refactorisation")
+    down = training.pair.down.detach().clone()
+    with torch.no_grad():
+        refactorise(training.started, training.pair)  # B = 0
+    assert torch.equal(training.pair.down, down)
+
+
+def test_momentum_resets_have_an_interval_of_their_own() -> None:
+    training = Training(refactorisation(interval=100, reset_interval=4))
+    training.run(3)
+    down = training.pair.down.detach().clone()
+    training.run(1)
+    assert not torch.allclose(down, training.pair.down)
+    for factor in (training.pair.up, training.pair.down):
+        state = training.optimizer.state[factor]
+        assert not state["exp_avg"].any()
+        assert int(state["step"]) == 0
+    training.run(1)
+    assert training.optimizer.state[training.pair.up]["exp_avg"].any()
+
+
+def test_after_a_reset_the_learning_rate_climbs_again() -> None:
+    training = Training(refactorisation(reset_interval=4, warmup=2))
+    training.run(4)
+    before = training.pair.up.detach().clone()
+    training.run(1)
+    assert torch.equal(training.pair.up, before)
+    training.run(1)
+    assert not torch.equal(training.pair.up, before)
+    assert training.optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_training_from_unbalanced_factors_recovers() -> None:
+    def loss_after(point: rf.Recipe) -> float:
+        training = Training(point, make=torch.optim.SGD, lr=0.01)
+        unbalanced(training, 1e-2)
+        with torch.no_grad():
+            training.pair.up.add_(1e-3)
+        return training.run(60)
+
+    start = Training(refactorisation()).gradients()
+    balanced = loss_after(refactorisation(interval=5))
+    left = loss_after(refactorisation(interval=1000))
+    assert min(balanced, left) < start
+
+
+@pytest.mark.parametrize("wrong", [{"interval": 0}, {"reset_interval": 0}, {"warmup": -1}], ids=str)
+def test_impossible_options_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidOption, match="refactorisation needs"):
+        Training(refactorisation(**wrong))
+
+
+def test_gates_between_the_factors_are_refused() -> None:
+    with pytest.raises(Incompatible, match="refactorisation needs the factors alone"):
+        Training(rf.Recipe("lora", ranks="adalora", dynamics=("refactorisation",)))
+
+
+@pytest.mark.parametrize("structure", ["lora", "dora"])
+@pytest.mark.parametrize("options", [{}, {"reset_interval": 7, "warmup": 3}], ids=str)
+def test_training_resumes_bit_for_bit(options: dict[str, Any], structure: str, tmp_path: Path) -> None:
+    assert_resumes(refactorisation(structure, **options), tmp_path, make=torch.optim.AdamW)
+
+
+def test_the_adapter_folds_and_is_taken_away() -> None:
+    training = Training(refactorisation())
+    training.run(7)
+    copy.deepcopy(training.model)
+    assert_ends(training)
