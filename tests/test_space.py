@@ -37,6 +37,8 @@ STEPS, HALF, RATE = 12, 6, 1e-2
 SOON: dict[tuple[str, str], dict[str, Any]] = {
     ("ranks", "adalora"): {"interval": 2, "final": 0.2},
     ("dynamics", "relora"): {"interval": 4, "warmup": 1},
+    ("dynamics", "switchlora"): {"interval": 2.0, "ratio": 1.0, "freeze": 1},
+    ("dynamics", "refactorisation"): {"interval": 4, "reset_interval": 4, "warmup": 1},
 }
 
 # A real task ------------------------------------------------------------------------------------------

@@ -67,9 +67,9 @@ class Training:
     def backward(self) -> float:
         """Leave the loss's gradients."""
         self.optimizer.zero_grad()
-        loss = (self.model(self.x) - self.y).square().mean()
-        loss.backward()
-        return float(loss.detach())
+        self.loss = (self.model(self.x) - self.y).square().mean()  # held over the next step, as loops do
+        self.loss.backward()
+        return float(self.loss.detach())
 
     def step(self, times: int = 1) -> float:
         """Take steps; return the last loss."""
@@ -191,17 +191,13 @@ def runs_on(recipe: Any, host: Host) -> None:
 LAYERS = [host for host in KINDS if "attention" not in host.name and "transposed" not in host.name]
 
 
-def planted(recipe: Any, *, steps: int = 200, rank: int = 2, need: int = 4, **arguments: Any) -> Training:
-    """Train where only the second of three equal layers needs to change, by a matrix of rank `need`.
-
-    The ranks, and gates, show what the rule made of it.
-    """
-    model = perceptron((8, 8, 8, 8))
-    wanted = copy.deepcopy(model)
-    wanted[2].weight.data += 0.5 * normal(8, need, seed=5) @ normal(need, 8, seed=6)
-    adapted = rf.adapt(model, recipe, rank=rank, targets=list(PATHS), **arguments)
-    training = Training(adapted, steps, rate=2e-2)
-    training.x = normal(256, 8)
+def planted(recipe: Any, *, steps: int = 200, need: int = 4) -> Training:
+    """Train at rank 2 where only the second of three equal layers has to change, by a matrix of rank `need`."""
+    model = perceptron((12, 12, 12, 12))
+    wanted: Any = copy.deepcopy(model)
+    wanted[2].weight.data += 0.15 * normal(12, need, seed=5) @ normal(need, 12, seed=6)
+    training = Training(rf.adapt(model, recipe, rank=2, targets=list(PATHS)), steps, rate=2e-2)
+    training.x = normal(256, 12)
     training.y = wanted(training.x).detach()
     training.step(steps)
     return training

@@ -116,7 +116,9 @@ def dynamics_of(training: Training, name: str) -> Any:
     return training.handle.methods[name]
 
 
-def assert_resumes(point: rf.Recipe, folder: Path, *, stop: int = 17, total: int = 40, **options: Any) -> None:
+def assert_resumes(
+    point: rf.Recipe, folder: Path, *, stop: int = 17, total: int = 40, **options: Any
+) -> None:
     """Training that is saved and continued is bit for bit training that was not interrupted."""
     whole = Training(point, total=total, **options)
     whole.run(stop)

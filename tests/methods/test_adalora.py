@@ -135,7 +135,7 @@ def test_the_penaltys_gradient_is_that_of_autograd() -> None:
 
 def test_the_penalty_draws_the_factors_towards_orthonormal_ones() -> None:
     def error(training: Training) -> float:
-        return sum(float((p.up.T @ p.up - torch.eye(p.rank)).norm()) for p in training.pairs)
+        return sum(float((p.up.T @ p.up - torch.eye(p.rank)).detach().norm()) for p in training.pairs)
 
     with_it, without = Training(point()), Training(point(orthogonality=0.0))
     with_it.step(40)
@@ -195,9 +195,8 @@ def test_it_runs_on_every_kind_of_layer(host: Host) -> None:
 def test_the_ranks_go_where_the_change_is_needed() -> None:
     training = planted(point(orthogonality=0.1, interval=10))
     training.handle.remove()
-    first, second, third = training.ranks()
-    assert second == 3
-    assert second >= max(first, third)
+    assert training.ranks()[1] == 3
+    assert sum(training.ranks()) == 6
 
 
 def test_a_layer_that_gets_no_gradient_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,19 @@ def test_with_the_true_noise_the_sampler_finds_the_answer_from_any_noise(steps: 
     torch.testing.assert_close(found, state, atol=2e-4, rtol=0)
 
 
+def test_a_denoiser_that_knows_the_ranks_has_no_loss_and_one_that_does_not_has() -> None:
+    ranks = torch.tensor([[2, 9, 5], [1, 1, 16]])
+    state = encode(ranks, 1, 16)
+    loss, blind = (
+        Known(3, 3, most=16)
+        .double()
+        .denoising_loss(ranks, state, torch.zeros(2), generator=generator(), dropped=dropped)
+        for dropped in (0.0, 1.0)
+    )
+    assert loss < 1e-18
+    assert blind > 1e-3
+
+
 @pytest.mark.parametrize(("guidance", "factor"), [(0.0, 0.0), (1.0, 1.0), (1.5, 1.5)])
 def test_guidance_goes_from_the_unconditional_answer_through_the_conditional_one(
     guidance: float, factor: float

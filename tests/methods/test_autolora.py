@@ -143,7 +143,7 @@ def test_selection_weights_move_by_validation_data_only() -> None:
 
 
 def test_the_ranks_found_make_an_adapter_that_divides_alpha_by_its_own_rank() -> None:
-    recipe = rf.Recipe("lora", ranks=("autolora", {"ranks": {"0": 4, "1": 2}}))
+    recipe = rf.Recipe("lora", ranks=("autolora", {"ranks": {"*": 2, "0": 4}}))
     model = rf.adapt(net(), recipe, rank=5, alpha=8)
     assert leaves_of(model, "0")["up"].shape[1] == 4
     assert leaves_of(model, "1")["up"].shape[1] == 2

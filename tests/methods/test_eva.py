@@ -24,7 +24,7 @@ from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weig
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.errors import InvalidOption
+from rankfold.errors import Incompatible, InvalidOption, InvalidRank
 from rankfold.methods.capacity import LeftOut
 from rankfold.methods.inits.eva import eva as initialise
 from rankfold.methods.ranks.eva import eva as share
@@ -266,6 +266,10 @@ def test_ranks_fit_the_structure() -> None:
     assert share(units(FIRST, SECOND, limit=3, multiple=2), 4) == {"w0": 2, "w1": 2}
 
 
+def test_a_multiple_counts_by_all_of_its_components() -> None:
+    assert share(units((0.3, 0, 0.28, 0), (0.4, 0.3, 0.25, 0.2), multiple=2), 2) == {"w0": 0, "w1": 4}
+
+
 def test_what_the_inputs_have_no_components_for_is_not_shared_out() -> None:
     assert share(units((0.9,), (0.6, 0.4)), 3) == {"w0": 1, "w1": 2}
 
@@ -339,6 +343,11 @@ def test_a_weight_without_rank_is_named_and_left_out() -> None:
     assert leaves_of(model, "0")["up"].shape[1] == 2
 
 
+def test_a_structure_without_weights_is_refused() -> None:
+    with pytest.raises(Incompatible, match="eva reads statistics of weights, and reft changes activations"):
+        rf.adapt(fork(), rf.Recipe("reft", ranks="eva"), rank=2, data=inputs(), progress=False)
+
+
 def test_more_directions_than_inputs_are_refused() -> None:
-    with pytest.raises(rf.errors.InvalidRank, match="at most 8 directions"):
+    with pytest.raises(InvalidRank, match="at most 8 directions"):
         initialise(type("Site", (), {"shape": (20, 8), "path": "0"})(), 9, 1.0)  # type: ignore[arg-type]

@@ -38,7 +38,8 @@ def test_a_restart_leaves_the_function_unchanged(structure: Any, init: str) -> N
 
 def test_a_restart_merges_terms_behind_gates_and_leaves_closed_ones_alone() -> None:
     training = Training(
-        rf.Recipe("lora", "random", ranks="adalora", dynamics=(("relora", {"interval": 50, "warmup": 0}),)), rank=4
+        rf.Recipe("lora", "random", ranks="adalora", dynamics=(("relora", {"interval": 50, "warmup": 0}),)),
+        rank=4,
     )
     training.run(4)
     dynamics_of(training, "relora")
@@ -60,7 +61,7 @@ def test_after_k_restarts_the_rank_of_the_change_is_that_of_k_plus_one_adapters(
     assert rank_of(training.moved()) == min(2 * (restarts + 1), 10)
 
 
-def test_right_after_a_restart_the_change_has_the_rank_of_what_was_merged_and_never_more_than_the_weight() -> None:
+def test_right_after_a_restart_the_rank_is_that_of_what_was_merged_and_at_most_the_weights() -> None:
     for restarts, rank in ((1, 2), (2, 4), (7, 10)):
         training = Training(relora())
         training.run(5 * restarts)

@@ -23,7 +23,7 @@ from ..layers import (
     fold,
     require,
 )
-from ..weights import Gated, Pair, Pooled, Sum, Weight
+from ..weights import Gated, Moved, Pair, Pooled, Sum, Weight
 from . import card, peft, portable
 from .change import Pair as Factors
 from .change import approximated, dense_change, direction_of, exact_change, truncated
@@ -299,6 +299,8 @@ def _single_pair(expression: Weight) -> Pair | None:
     """Return the pair of W0 plus one plain trained product, whose alpha can be kept; else None."""
     pairs, leaves = list(expression.pairs()), list(expression.leaves())
     if len(pairs) != 1 or pairs[0].gate is not None or len(pairs[0].up.shape) != 2 or len(leaves) != 3:
+        return None
+    if any(isinstance(leaf, Moved) for leaf in leaves):  # has taken in changes of its own
         return None
     return pairs[0] if isinstance(expression, Sum) else None
 

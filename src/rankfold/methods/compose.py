@@ -76,12 +76,14 @@ def _of_init(
         yield f"{structure.name} cannot start from {init.name}: it gives {given}, and the structure needs {wanted}"
     needed = init.trait("dynamics")
     if needed and needed not in [d.name for d in dynamics]:
-        yield f"{init.name} makes sense with the dynamics {needed} only: write {init.name}/dynamics={needed}"
+        yield f"{init.name} makes sense with the dynamics {needed} only: write init={init.name}/dynamics={needed}"
 
 
 def _of_ranks(structure: Chosen, ranks: Chosen) -> Iterator[str]:
     if structure.trait("rank") is None:
         yield f"{structure.name} has no rank that {ranks.name} could share out"
+    elif ranks.trait("needs") and structure.trait("activations"):
+        yield f"{ranks.name} reads statistics of weights, and {structure.name} changes activations"
     elif _on_pairs(ranks) and not structure.trait("pairs"):
         acts = "gates" if _gated(ranks) else "changes"
         yield f"{ranks.name} {acts} the terms of a trained product of two factors, and {structure.name} has none"

@@ -1,11 +1,15 @@
-"""Tables of ranks that were found beforehand, by path or by a pattern of paths."""
+"""Tables of ranks that a search or a measurement has found.
+
+Unlike the rank rule `table`, which a user writes by hand, they have to cover every weight that is adapted, and
+may cover more.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from ..errors import InvalidOption
+from ..layers.targets import matches
 from .rules import Unit
 
 
@@ -15,7 +19,7 @@ def tabled(name: str, units: Sequence[Unit], table: Mapping[str, int]) -> dict[s
     Args:
         name: of the rank rule, for errors.
         units: the weights.
-        table: ranks by dotted path or glob; 0 leaves a weight out. Entries of other weights are not read.
+        table: ranks by dotted path or pattern of paths; 0 leaves a weight out. Entries of other weights are not read.
 
     Raises:
         InvalidOption: a weight has no entry, or an entry is no rank.
@@ -35,6 +39,6 @@ def _entry(name: str, path: str, table: Mapping[str, int]) -> int:
     if path in table:
         return table[path]
     for pattern, rank in table.items():
-        if fnmatchcase(path, pattern):
+        if matches(path, pattern):
             return rank
     raise InvalidOption(f"{name}: the table of ranks has no entry for {path}; add one (0 leaves it out)")

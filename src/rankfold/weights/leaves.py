@@ -48,8 +48,13 @@ class Dense(Leaf):
     @torch.no_grad()
     def resize(self, value: Tensor) -> None:
         """Hold a tensor of another shape from now on; a trained one stays the same Parameter."""
-        self.value.data = value.to(self.value.device, self.value.dtype).contiguous()
+        value = value.to(self.value.device, self.value.dtype).contiguous()
         self.value.grad = None
+        # A graph that is still held, such as that of the last loss, keeps the node that accumulates gradients of
+        # the old shape, and the next graph would use it too. A change of dtype makes PyTorch let go of it.
+        other = torch.float16 if value.dtype != torch.float16 else torch.float32
+        self.value.data = torch.empty(0, dtype=other, device=value.device)
+        self.value.data = value
         self.shape = tuple(value.shape)
 
 

@@ -28,11 +28,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from ...errors import Incompatible
-from ..inits.hd_pissa import processes
+from ..processes import average_gradients, gathered
 from ..registry import dynamics
 from ..rules import Dynamics
 from ..run import Run, TrainedPair
@@ -43,7 +42,14 @@ from ..run import Run, TrainedPair
     pairs="terms",
     moves_base=True,
     gates=False,
-    excludes=("relora", "periodic-lora", "switchlora", "refactorisation", "shrink-perturb", "shrink-perturb-weight"),
+    excludes=(
+        "relora",
+        "periodic-lora",
+        "switchlora",
+        "refactorisation",
+        "shrink-perturb",
+        "shrink-perturb-weight",
+    ),
     init=("hd-pissa", {}),
     title="HD-PiSSA: High-Rank Distributed Orthogonal Adaptation",
     year=2025,
@@ -60,8 +66,8 @@ class HdPissa(Dynamics):
         factors = [factor for pair in run.pairs for factor in (pair.up, pair.down)]
         if any(run.group(factor).get("weight_decay") for factor in factors):
             raise Incompatible(
-                "hd-pissa puts its factors back after every step, and weight decay on them would take the same "
-                "part of the weight away each time; use weight_decay=0"
+                "hd-pissa puts its factors back after every step, and weight decay on them would take the "
+                "same part of the weight away each time; use weight_decay=0"
             )
 
     def begin(self, run: Run) -> None:
@@ -73,8 +79,7 @@ class HdPissa(Dynamics):
 
     def gradients_ready(self, run: Run) -> None:
         """Average the gradients of everything that is no factor of a band."""
-        if processes()[1] > 1:
-            average(list(_others(run)))
+        average_gradients(list(_others(run)))
 
     def stepped(self, run: Run) -> None:
         """Move the steps of all processes into the base, and put the factors back."""
@@ -104,26 +109,3 @@ def _others(run: Run) -> Iterator[Tensor]:
     factors = {id(factor) for pair in run.pairs for factor in (pair.up, pair.down)}
     for group in run.optimizer.param_groups:
         yield from (p for p in group["params"] if p.requires_grad and id(p) not in factors)
-
-
-def average(parameters: list[Tensor]) -> None:
-    """Replace gradients by their mean over processes; a process without one counts as zero."""
-    if not parameters:
-        return
-    present = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    torch.distributed.all_reduce(present)
-    for parameter, holders in zip(parameters, present.tolist(), strict=True):
-        if holders:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            torch.distributed.all_reduce(gradient)
-            parameter.grad = gradient / processes()[1]
-
-
-def gathered(part: Tensor, axis: int) -> Tensor:
-    """Return the parts of all processes side by side along an axis, in the order of the processes."""
-    count = processes()[1]
-    if count == 1:
-        return part
-    parts = [torch.empty_like(part) for _ in range(count)]
-    torch.distributed.all_gather(parts, part.contiguous())
-    return torch.cat(parts, axis)

@@ -16,10 +16,13 @@ of the whole training is the end of a stage only if it falls on one. The weight 
 float32 or better.
 """
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+import torch
+from torch import Tensor
 
 from ...errors import InvalidOption
 from ...optim import reset, transform
@@ -67,10 +70,22 @@ class PeriodicLoRA(Dynamics):
             raise InvalidOption(
                 "periodic-lora needs total_steps: pass total_steps= to attach, or an interval"
             )
+        if self.restart_schedule and run.scheduler is None:
+            raise InvalidOption("periodic-lora needs scheduler: pass scheduler= to attach")
+
+    def begin(self, run: Run) -> None:
+        """Remember where the schedule begins."""
         if self.restart_schedule:
-            if run.scheduler is None:
-                raise InvalidOption("periodic-lora needs scheduler: pass scheduler= to attach")
-            _schedule(run.scheduler)
+            rates = [group["lr"] for group in run.optimizer.param_groups]
+            state = {"state": run.scheduler.state_dict(), "rates": rates}
+            run.memory("schedule").update(copy.deepcopy(state))
+
+    def gradients_ready(self, run: Run) -> None:
+        """Begin the schedule again at the first step of a stage; its own step has come before this."""
+        if self.restart_schedule and run.step and run.step % self.length(run) == 0:
+            first = copy.deepcopy(run.memory("schedule"))
+            run.scheduler.load_state_dict(first["state"])
+            _set_rates(run.optimizer.param_groups, first["rates"])
 
     def length(self, run: Run) -> int:
         """Return how many steps a stage lasts."""
@@ -90,8 +105,6 @@ class PeriodicLoRA(Dynamics):
                 restart(run, pair)
                 reset(run.optimizer, pair.up)
                 reset(run.optimizer, pair.down)
-        if self.restart_schedule:
-            begin_again(run.scheduler, run.optimizer.param_groups)
 
     def unload(self, run: Run, pair: TrainedPair) -> None:
         """Move a part of a product into the base; A and the optimizer's state stay."""
@@ -101,25 +114,9 @@ class PeriodicLoRA(Dynamics):
         transform(run.optimizer, pair.down, lambda moment: mu * moment, lambda moment: mu**2 * moment)
 
 
-def _schedule(scheduler: Any) -> LRScheduler:
-    """Return the PyTorch scheduler inside a wrapper such as Accelerate's."""
-    while not isinstance(scheduler, LRScheduler) and hasattr(scheduler, "scheduler"):
-        scheduler = scheduler.scheduler
-    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
-        raise InvalidOption(
-            "periodic-lora begins a schedule over steps again, such as PyTorch's LambdaLR, and "
-            f"{type(scheduler).__name__} is none"
-        )
-    return scheduler
-
-
-def begin_again(scheduler: Any, groups: list[dict[str, Any]]) -> None:
-    """Let a schedule's own next step be its first one, from the rates that it began with."""
-    for group in groups:
-        if "initial_lr" in group:
-            group["lr"] = group["initial_lr"]
-    pending = [_schedule(scheduler)]
-    while pending:
-        schedule = pending.pop()
-        schedule.last_epoch = -1  # as before its first step
-        pending += getattr(schedule, "_schedulers", [])
+def _set_rates(groups: Sequence[dict[str, Any]], rates: Sequence[Any]) -> None:
+    for group, rate in zip(groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].copy_(torch.as_tensor(rate))
+        else:
+            group["lr"] = rate

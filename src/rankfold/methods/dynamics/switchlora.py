@@ -49,7 +49,9 @@ _AXIS = {"up": 1, "down": 0}
     pairs="terms",
     moves_base=True,
     gates=False,
-    excludes=("relora", "periodic-lora", "refactorisation", "shrink-perturb", "lora-pro", "loft"),
+    excludes=(
+        "relora", "periodic-lora", "refactorisation", "shrink-perturb", "shrink-perturb-weight", "lora-pro", "loft",
+    ),  # fmt: skip
     init=("switchlora", {}),
     title="SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information",
     year=2024,

@@ -2,19 +2,19 @@
 
     W0 = U S V^T,   B_n = U_I (S_I / s)^(1/2),   A_n = (S_I / s)^(1/2) V_I^T,   I = n r .. (n + 1) r - 1
 
-Wang et al. 2025. B_n (out, r) and A_n (r, in) of process n; bands are orthogonal, B_n^T B_m = 0 and A_n A_m^T
-= 0. n is the process's rank in torch.distributed, 0 where there is only one process; `band` and `bands` set it
-by hand. All processes decompose the same W0, so that their bands fit together; N r must not exceed min(out,
-in). How the bands train together is the dynamics hd-pissa, without which they would only be a part of PiSSA
-each. Start: the base up to rounding.
+Wang et al. 2025. B_n (out, r) and A_n (r, in) of process n; bands are orthogonal, B_n^T B_m = 0 and A_n
+A_m^T = 0. n is the process's rank in torch.distributed, 0 where there is only one process; `band` and
+`bands` set it by hand. All processes decompose the same W0, so that their bands fit together; N r must not
+exceed min(out, in). How the bands train together is the dynamics hd-pissa, without which they would only be
+a part of PiSSA each. Start: the base up to rounding.
 
-Deviation: the paper scales nothing out, because its s is 1; here the product s B_n A_n is the band for every s.
+Deviation: the paper scales nothing out, because its s is 1; here the product s B_n A_n is the band for every
+s.
 """
-
-import torch.distributed
 
 from ...errors import InvalidOption, InvalidRank
 from ...linalg import truncated_svd
+from ..processes import processes
 from ..registry import init, near_base
 from ..site import Basis, Site
 
@@ -55,11 +55,3 @@ def hd_pissa(
     left, values, right = truncated_svd(site.matrix(), count * rank)
     own = slice(band * rank, (band + 1) * rank)
     return Basis(left[:, own], values[own], right[own])
-
-
-def processes() -> tuple[int, int]:
-    """Return the number of this process and how many there are: 0 and 1 without torch.distributed."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()

@@ -10,8 +10,8 @@ defaults (use rank_stabilised). `directions` and `scale` are the paper's ablatio
 rounding.
 
 Deviations: the decomposition is exact unless `iterations` are given (official: 4). W0 is never edited, its
-residual is a frozen term. One public library multiplies B0 by singular values and scales it alone; its first
-step is then no best approximation.
+residual is a frozen term. The official code's optional clipping of the offset's norm is left out. peft's
+lora_ga multiplies B0 by singular values and scales B0 alone, so its first step is no best approximation.
 """
 
 import math

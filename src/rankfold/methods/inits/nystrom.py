@@ -12,8 +12,8 @@ nothing is known; with select="pivoted" they are pivots of QR decompositions, as
 A structure that takes a frame trains between C and R, as IntTune does. As factors, B0 A0 = C K R / s is split
 evenly over its singular values.
 
-Deviations: the official code leaves the pseudo-inverse out, starts from W0[I, J] itself and keeps the base, so
-that it does not start at the base; here it does.
+Deviations: the official code leaves the pseudo-inverse out, starts from W0[I, J] itself and keeps the base,
+so that it does not start at the base; here it does.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """IncreLoRA: every weight starts at rank one, and those that matter most gain terms trained in advance.
 
-    W = W0 + s B diag(e) A,   M = (sum |B . dL/dB| + sum |A . dL/dA|) / (2 sqrt(out in)),   score = I(M) U(M)
+    W = W0 + s B diag(e) A,   M = sum |dW . dL/dW| / sqrt(out in),   score = I(M) U(M)
 
 Zhang et al. 2023. Beside its terms every weight holds `growth` reserve terms: a, b ~ N(0, 0.02^2), trained
 behind gates that are fixed at 1e-5. At an event the `top` weights with the highest smoothed score
@@ -15,11 +15,12 @@ are 1e5 times too small.
 Start (`random`): e = 0, so the base, exactly; the reserves enter at the first step and contribute 1e-5 b a.
 
 Deviations: alpha is divided by the asked rank throughout; dividing it by the growing rank of a weight, as the
-authors' code does, makes the function jump at every growth. Never more than the asked total is added. The
-paper's score sums |dW . dL/dW| over the entries, for which the gradient of every whole weight has to be held;
-here the absolute values are taken of its sums along rows and along columns, term by term, which are the
-products of factors and gradients that are there anyway. Fresh terms have fresh moments, and no warm-up of
-their own.
+authors' code does, makes the function jump at every growth. Never more than the asked total is added. dW is
+the whole change of the weight, whatever the structure, and under gradient accumulation M is the sum over the
+backward passes. Each forms dL/dW of every weight once and keeps one number; `score="factors"` saves that and
+takes (sum |B . dL/dB| + sum |A . dL/dA|) / 2 for the sum, which is blind to what the present terms cannot
+express. Projections inside `nn.MultiheadAttention` are always scored so. Fresh terms have fresh moments, and
+no warm-up of their own.
 """
 
 import math
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from ...errors import InvalidOption
 from ..events import asked_total, change_terms, gate_of, largest_rank, shares_in_range
+from ..importance import ChangeSensitivity
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
 from ..run import Run, TrainedPair
@@ -62,6 +64,7 @@ class IncreLoRA(DynamicRanks):
         final: share of the training after the last event, in [0, 1).
         beta1, beta2: of the averages, in [0, 1).
         orthogonality: weight of the penalty, at least 0.
+        score: "weights", or "factors", which needs no gradients of weights.
     """
 
     initial: int = 1
@@ -73,6 +76,7 @@ class IncreLoRA(DynamicRanks):
     beta1: float = 0.85
     beta2: float = 0.85
     orthogonality: float = 0.1
+    score: str = "weights"
     needs: ClassVar[tuple[str, ...]] = ("total_steps",)
     alpha_over: ClassVar[str] = "asked"
 
@@ -83,6 +87,8 @@ class IncreLoRA(DynamicRanks):
             raise InvalidOption(
                 "increlora needs initial, growth, top and interval of at least 1, and orthogonality >= 0"
             )
+        if self.score not in ("weights", "factors"):
+            raise InvalidOption(f"increlora: score must be 'weights' or 'factors', not {self.score!r}")
         if not shares_in_range(shares) or self.warmup + self.final >= 1:
             raise InvalidOption(
                 "increlora needs warmup, final, beta1 and beta2 in [0, 1), and warmup + final below 1"
@@ -91,6 +97,15 @@ class IncreLoRA(DynamicRanks):
     def share(self, units: Sequence[Unit], rank: int) -> dict[str, int]:
         """Begin with the initial rank, or with the asked one where that is less."""
         return {unit.path: unit.fitted(min(self.initial, rank)) for unit in units}
+
+    def check(self, run: Run) -> None:
+        """Watch the gradients of weights from now on."""
+        self._watch = ChangeSensitivity(run) if self.score == "weights" else None
+
+    def finish(self, run: Run) -> None:
+        """Watch them no longer."""
+        if self._watch is not None:
+            self._watch.close()
 
     def begin(self, run: Run) -> None:
         """Give every weight its reserve."""
@@ -102,14 +117,15 @@ class IncreLoRA(DynamicRanks):
 
     def gradients_ready(self, run: Run) -> None:
         """Score every weight; the gates of reserves stay as they are."""
-        pairs = run.pairs
-        for pair in pairs:
-            memory = run.memory(pair.key)
-            memory["score"] = smoothed(memory, "weight", self.importance(pair), self.beta1, self.beta2)
-            slope = gate_of(pair).grad
+        sums = {} if self._watch is None else self._watch.take()
+        for pair in run.pairs:
+            memory, slope = run.memory(pair.key), gate_of(pair).grad
+            if sums is not None:
+                importance = self.importance(pair, sums.get(pair.path))
+                memory["score"] = smoothed(memory, "weight", importance, self.beta1, self.beta2)
             if slope is not None:
                 slope[memory["active"] :] = 0
-        add_orthogonality(pairs, self.orthogonality)
+        add_orthogonality(run.pairs, self.orthogonality)
 
     def stepped(self, run: Run) -> None:
         """Let weights grow."""
@@ -123,10 +139,11 @@ class IncreLoRA(DynamicRanks):
         elif begin < run.step < end and (run.step - begin) % self.spacing(run, begin, end) == 0:
             self.grow(run, self.top)
 
-    def importance(self, pair: TrainedPair) -> Tensor:
-        """Return M, a scalar."""
-        factors = sensitivity(pair.up).sum() + sensitivity(pair.down).sum()
-        return factors / (2 * math.sqrt(pair.up.shape[0] * pair.down.shape[1]))
+    def importance(self, pair: TrainedPair, seen: Tensor | None) -> Tensor:
+        """Return M, a scalar, from what was seen of the whole weight, or else from the factors."""
+        if seen is None:
+            seen = (sensitivity(pair.up).sum() + sensitivity(pair.down).sum()) / 2
+        return seen.to(pair.up) / math.sqrt(pair.up.shape[0] * pair.down.shape[1])
 
     def step_size(self, run: Run) -> int:
         """Return how many terms a weight gains at once."""
@@ -148,7 +165,7 @@ class IncreLoRA(DynamicRanks):
     def grow(self, run: Run, top: int) -> bool:
         """Let the top weights grow that have room, the most important first; say whether any did."""
         able = [pair for pair in run.pairs if run.memory(pair.key)["reserve"]]
-        able.sort(key=lambda pair: -float(run.memory(pair.key)["score"]))
+        able.sort(key=lambda pair: -float(run.memory(pair.key).get("score", 0)))
         left = self.missing(run)
         for pair in able[:top]:
             count = min(left, run.memory(pair.key)["reserve"])

@@ -98,14 +98,8 @@ def task_ranks(
 
 def energy_rank(change: Tensor, energy: float) -> int:
     """Return the smallest k with `sum_{i<=k} S_i^2 >= energy sum_i S_i^2`; 0 where the change is zero."""
-    squares = torch.linalg.svdvals(change).square()
-    total = squares.sum()
-    if total == 0:
-        return 0
-    alive = squares > squares[0] * (max(change.shape) * torch.finfo(squares.dtype).eps) ** 2
-    reached = squares[alive].cumsum(0) >= energy * squares[alive].sum()
-    reached[-1] = True  # the whole, whatever the rounding of its sum
-    return int(reached.int().argmax()) + 1
+    sums = torch.linalg.svdvals(change).square().cumsum(0)
+    return int((sums < energy * sums[-1]).sum()) + 1 if sums[-1] else 0
 
 
 def _distance_factor(before: Tensor, after: Tensor, near: float) -> float:

@@ -1,0 +1,74 @@
+"""How much the change of every adapted weight matters, read off while gradients flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import StructuredLayer
+from .run import Run
+
+
+class ChangeSensitivity:
+    """Adds up `sum |dW . dL/dW|` of every adapted weight, dW = W - W0, one backward after the other.
+
+    A weight's dense gradient (out, in) is formed from the layer's input and the gradient of its output,
+    reduced to one number at once, and let go. Where a layer is called or backward is run several times,
+    absolute values are added up. Layers that are no modules of their own, such as the projections inside
+    `nn.MultiheadAttention`, are not seen.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._sums: dict[str, Tensor] = {}
+        owners = {id(layer): path for path, layer in run.adaptation.layers.items() if path in run.expressions}
+        self._handles = [
+            layer.register_forward_hook(_forward_hook(self._sums, owners[id(owner)]), with_kwargs=True)
+            for layer in run.adaptation.layers.values()
+            if id(owner := layer.lender or layer) in owners
+        ]
+
+    def take(self) -> dict[str, Tensor] | None:
+        """Return the sums since the last call by path; None if one is not finite, as after a skipped step."""
+        taken = dict(self._sums)
+        self._sums.clear()
+        return taken if all(bool(torch.isfinite(value)) for value in taken.values()) else None
+
+    def close(self) -> None:
+        """Let go of the layers."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _forward_hook(sums: dict[str, Tensor], path: str) -> Callable[..., None]:
+    def called(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not isinstance(module, StructuredLayer) or module.expression is None:
+            return
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+
+        def arrived(gradient: Tensor) -> None:
+            sums[path] = sums.get(path, 0.0) + _sensitivity(module, x, gradient)
+
+        output.register_hook(arrived)
+
+    return called
+
+
+@torch.no_grad()
+def _sensitivity(layer: StructuredLayer, x: Tensor, gradient: Tensor) -> Tensor:
+    assert layer.expression is not None
+    change = layer.expression.dense() - layer.matrix()
+    return (change * weight_gradient(layer, x, gradient)).abs().sum()
+
+
+def weight_gradient(layer: StructuredLayer, x: Tensor, gradient: Tensor) -> Tensor:
+    """Return dL/dW (out, in) of a layer from an input and the gradient of its output."""
+    with torch.enable_grad():
+        probe = torch.zeros(layer.shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
+        y = F.embedding(x, probe) if layer.looked_up else layer.op.apply(x.to(probe.dtype), probe)
+        return torch.autograd.grad(y, probe, gradient)[0]
