@@ -48,11 +48,14 @@ class MiniLM:
 
     def __init__(self, layers: int | None = None) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers.utils import logging
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder())
         plain: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         kept = json.loads((folder() / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
         torch.manual_seed(0)
+        logging.set_verbosity_error()  # the head is new, and layers may be left out
+        logging.disable_progress_bar()
         model = AutoModelForSequenceClassification.from_pretrained(
             folder(), num_labels=len(PACKAGES), num_hidden_layers=layers or kept, **plain
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def perceptron(widths: Sequence[int] = (8, 6, 8, 4)) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers: list[nn.Module] = []
-        for columns, out in zip(widths, widths[1:], strict=False):
+        for columns, out in itertools.pairwise(widths):
             layers += [nn.Linear(columns, out), nn.Tanh()]
         return nn.Sequential(*layers[:-1]).double()
 
@@ -192,7 +193,7 @@ LAYERS = [host for host in KINDS if "attention" not in host.name and "transposed
 
 
 def planted(recipe: Any, *, steps: int = 200, need: int = 4) -> Training:
-    """Train at rank 2 where only the second of three equal layers has to change, by a matrix of rank `need`."""
+    """Train at rank 2 where only the second of three equal layers has to change, by a matrix of that rank."""
     model = perceptron((12, 12, 12, 12))
     wanted: Any = copy.deepcopy(model)
     wanted[2].weight.data += 0.15 * normal(12, need, seed=5) @ normal(need, 12, seed=6)

@@ -49,5 +49,8 @@ def decaying(out: int, columns: int, *, seed: int = 0, rate: float = 0.8) -> Ten
 
 def excess(basis: Basis, matrix: Tensor) -> tuple[float, float]:
     """Return the spectral and the Frobenius error as multiples of those of the best approximation."""
-    rest, best = torch.linalg.svdvals(matrix - product(basis)), torch.linalg.svdvals(matrix)[len(basis.values) :]
+    rest, best = (
+        torch.linalg.svdvals(matrix - product(basis)),
+        torch.linalg.svdvals(matrix)[len(basis.values) :],
+    )
     return float(rest[0] / best[0]), float(rest.norm() / best.norm())

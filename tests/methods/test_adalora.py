@@ -6,12 +6,20 @@ from typing import Any
 import pytest
 import torch
 from hosts import Host
-from methods._dynamic import LAYERS, Training, ends_the_same, ignores_skipped_steps, perceptron, planted, resumes, runs_on
+from methods._dynamic import (
+    LAYERS,
+    Training,
+    ends_the_same,
+    ignores_skipped_steps,
+    perceptron,
+    planted,
+    resumes,
+    runs_on,
+)
 from methods._layers import normal
 
 import rankfold as rf
 from rankfold.errors import InvalidOption
-from rankfold.methods.run import Run
 from rankfold.methods.sensitivity import add_orthogonality, cubic_budget, kept_terms, smoothed
 
 
@@ -171,14 +179,19 @@ def test_kept_terms_keep_their_moments_when_the_others_go() -> None:
     training.step(40)
     pairs = training.pairs
     kept = [(pair.gate != 0).nonzero().flatten() for pair in pairs]
-    before = [training.optimizer.state[pair.up]["exp_avg_sq"][:, keep].clone() for pair, keep in zip(pairs, kept, strict=True)]
+    before = [
+        training.optimizer.state[pair.up]["exp_avg_sq"][:, keep].clone()
+        for pair, keep in zip(pairs, kept, strict=True)
+    ]
     training.handle.remove()
     for pair, keep, moment in zip(pairs, kept, before, strict=True):
         if len(keep):
             assert torch.equal(training.optimizer.state[pair.up]["exp_avg_sq"], moment)
 
 
-@pytest.mark.parametrize("structure, init", [("lora", None), ("dora", "pissa"), ("hira", None), ("abba", None)])
+@pytest.mark.parametrize(
+    ("structure", "init"), [("lora", None), ("dora", "pissa"), ("hira", None), ("abba", None)]
+)
 def test_training_resumes_bit_for_bit(structure: str, init: str | None, tmp_path: Path) -> None:
     resumes(point(structure, init), tmp_path)
 
@@ -217,7 +230,14 @@ def test_attach_names_the_steps_that_are_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"initial": 0.5}, {"interval": 0}, {"beta1": 1.0}, {"warmup": 0.6, "final": 0.5}, {"orthogonality": -1.0}]
+    "options",
+    [
+        {"initial": 0.5},
+        {"interval": 0},
+        {"beta1": 1.0},
+        {"warmup": 0.6, "final": 0.5},
+        {"orthogonality": -1.0},
+    ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidOption, match="adalora"):

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hosts import Host
+from methods._dynamic import LAYERS, runs_on
 from methods._layers import normal
 from methods._moving import Training, assert_ends, assert_resumes, dynamics_of, perceptron, recipe
 
@@ -65,21 +67,21 @@ def test_doubling_a_row_of_b_changes_only_that_rows_multiplier() -> None:
 @pytest.mark.parametrize("make", [SGD, torch.optim.AdamW])
 def test_every_step_of_b_is_scaled_row_by_row_by_the_norms_before_it(make: Any) -> None:
     training = Training(recipe("allora", init="pissa"), make=make)
+    plain: list[torch.Tensor] = []
+
+    def look(*_: Any) -> None:
+        plain.append(training.pair.up.detach().clone())
+
+    hook = training.optimizer.register_step_post_hook(look)
+    training.optimizer._optimizer_step_post_hooks.move_to_end(hook.id, last=False)
     for _ in range(3):
         training.gradients()
         before = training.pair.up.detach().clone()
         multipliers = dynamics_of(training, "allora").multipliers(training.pair)
-        hooked: list[torch.Tensor] = []
-        hook = training.optimizer.register_step_post_hook(
-            lambda *_: hooked.append(training.pair.up.detach().clone())
-        )
-        training.optimizer._optimizer_step_post_hooks.move_to_end(hook.id, last=False)
         training.optimizer.step()
-        hook.remove()
-        torch.testing.assert_close(
-            training.pair.up.detach(), before + multipliers[:, None] * (hooked[0] - before)
-        )
-        assert not torch.equal(training.pair.up, hooked[0])
+        wanted = before + multipliers[:, None] * (plain[-1] - before)
+        torch.testing.assert_close(training.pair.up.detach(), wanted)
+        assert not torch.equal(training.pair.up, plain[-1])
 
 
 def test_the_forward_pass_and_the_gradients_are_loras_to_the_last_bit() -> None:
@@ -137,3 +139,8 @@ def test_a_structure_without_a_product_is_refused() -> None:
 
 def test_it_falls_faster_than_lora_over_a_few_steps() -> None:
     assert Training(recipe("allora")).run(30) < Training(recipe("lora+", ratio=1.0)).run(30)
+
+
+@pytest.mark.parametrize("host", LAYERS, ids=lambda host: host.name)
+def test_every_kind_of_layer_learns(host: Host) -> None:
+    runs_on("lora/allora", host)

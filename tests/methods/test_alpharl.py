@@ -1,5 +1,6 @@
 """AlphaRL: a change extrapolated along the line of its leading triplet."""
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from methods._layers import disturbed, linear, normal
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import rankfold as rf
 from rankfold.errors import BaseMismatch, Incompatible, InvalidOption
@@ -131,6 +133,36 @@ def test_folders_of_adapters_are_checkpoints(tmp_path: Path) -> None:
     assert not hasattr(base[0], "expression")
     found.apply_to(base)
     torch.testing.assert_close(base[0].weight.detach(), linear()[0].weight.detach() + 5 * rank_one)
+
+
+class Transposed(nn.Module):
+    """A transposed linear, and attention, whose weights have names and forms of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transposed, self.attention = Conv1D(8, 8), nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.transposed(x)
+        return self.attention(y, y, y)[0]  # type: ignore[no-any-return]
+
+
+def test_adapters_of_layers_that_store_their_weight_otherwise_are_checkpoints_too(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = Transposed().double().eval()
+    folders = []
+    for k in (1, 2):
+        model = rf.adapt(copy.deepcopy(base), "lora", rank=1, targets=["transposed", "attention.in_proj"])
+        for path in ("transposed", "attention.in_proj"):
+            leaves = {leaf.name: leaf for leaf in model.get_submodule(path).expression.leaves()}
+            leaves["up"].value.data = 0.1 * k * normal(*leaves["up"].shape, seed=2)
+            leaves["down"].value.data = normal(*leaves["down"].shape, seed=3)
+        folders.append(rf.save(model, tmp_path / str(k)))
+    found = extrapolate(base, folders, [1, 2], 2)
+    assert set(found.lines) == {"transposed.weight", "attention.in_proj_weight"}
+    x = normal(3, 2, 8)
+    torch.testing.assert_close(found.apply_to(base)(x), model.eval()(x))
 
 
 def test_a_convolution_is_extrapolated_as_a_matrix() -> None:

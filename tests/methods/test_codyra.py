@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from hosts import Host
-from methods._dynamic import LAYERS, PATHS, Training, ends_the_same, ignores_skipped_steps, perceptron, resumes, runs_on
+from methods._dynamic import (
+    LAYERS,
+    PATHS,
+    Training,
+    ends_the_same,
+    ignores_skipped_steps,
+    perceptron,
+    resumes,
+    runs_on,
+)
 from methods._layers import normal
 
 import rankfold as rf
@@ -49,7 +58,7 @@ def test_kappa_climbs_from_zero_in_levels() -> None:
     assert found[-1] == 0.4
 
 
-def test_the_paper_s_shrinking_adds_up_to_about_half_of_a_gate() -> None:
+def test_the_papers_shrinking_adds_up_to_about_half_of_a_gate() -> None:
     training = Training(rf.parse_point("lora/codyra"), 500)
     rule: Any = training.handle.methods["ranks=codyra"]
     total = 0.0
@@ -150,7 +159,9 @@ def test_merging_is_exact() -> None:
     torch.testing.assert_close(folded(training.x), training.output(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("structure, init", [("lora", None), ("dora", "pissa"), ("hira", None), ("abba", None)])
+@pytest.mark.parametrize(
+    ("structure", "init"), [("lora", None), ("dora", "pissa"), ("hira", None), ("abba", None)]
+)
 def test_training_resumes_bit_for_bit(structure: str, init: str | None, tmp_path: Path) -> None:
     resumes(point(structure, init), tmp_path)
 

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from hosts import Host
-from methods._dynamic import LAYERS, Training, ends_the_same, ignores_skipped_steps, perceptron, planted, resumes, runs_on
+from methods._dynamic import (
+    LAYERS,
+    Training,
+    ends_the_same,
+    ignores_skipped_steps,
+    perceptron,
+    planted,
+    resumes,
+    runs_on,
+)
 from methods._layers import normal
 
 import rankfold as rf
@@ -36,12 +45,16 @@ def test_the_scores_are_those_of_dense_matrices() -> None:
     up, gate, down = normal(9, 4), normal(4, seed=2), normal(4, 7, seed=3)
     terms = [float((gate[i] * torch.outer(up[:, i], down[i])).norm()) for i in range(4)]
     dense = (up * gate @ down).norm()
-    torch.testing.assert_close(norm_shares(up, gate, down), torch.tensor(terms).double() / dense, rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        norm_shares(up, gate, down), torch.tensor(terms).double() / dense, rtol=1e-7, atol=0
+    )
 
 
 def test_the_scores_do_not_depend_on_the_scale_of_a_layer() -> None:
     up, gate, down = normal(9, 4), normal(4, seed=2), normal(4, 7, seed=3)
-    torch.testing.assert_close(norm_shares(up, 10 * gate, down), norm_shares(up, gate, down), rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        norm_shares(up, 10 * gate, down), norm_shares(up, gate, down), rtol=1e-7, atol=0
+    )
 
 
 def test_a_score_exceeds_one_only_where_terms_cancel() -> None:
@@ -118,7 +131,9 @@ def test_files_and_folding_have_the_ranks_that_are_left(tmp_path: Path) -> None:
     assert 6 <= sum(training.ranks()) <= 7
 
 
-@pytest.mark.parametrize("structure, init", [("lora", None), ("dora", "pissa"), ("hira", None), ("abba", None)])
+@pytest.mark.parametrize(
+    ("structure", "init"), [("lora", None), ("dora", "pissa"), ("hira", None), ("abba", None)]
+)
 def test_training_resumes_bit_for_bit(structure: str, init: str | None, tmp_path: Path) -> None:
     resumes(point(structure, init), tmp_path)
 
@@ -138,7 +153,9 @@ def test_the_layer_that_needs_it_keeps_its_rank() -> None:
     assert training.ranks()[1] == 3
 
 
-@pytest.mark.parametrize("options", [{"initial": 0.9}, {"interval": 0}, {"beta": 1.0}, {"start": 0.6}, {"equilibrium": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"initial": 0.9}, {"interval": 0}, {"beta": 1.0}, {"start": 0.6}, {"equilibrium": -1.0}]
+)
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidOption, match="dora-dynamic"):
         Training(point(**options))

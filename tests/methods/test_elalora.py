@@ -7,7 +7,15 @@ import pytest
 import torch
 from hosts import Host
 from methods._dynamic import (
-    LAYERS, Training, ends_the_same, ignores_skipped_steps, moments, perceptron, planted, resumes, runs_on,
+    LAYERS,
+    Training,
+    ends_the_same,
+    ignores_skipped_steps,
+    moments,
+    perceptron,
+    planted,
+    resumes,
+    runs_on,
 )  # fmt: skip
 from methods._layers import normal
 
@@ -90,7 +98,9 @@ def test_new_directions_are_orthonormal_and_orthogonal_to_columns_that_are_not()
     torch.testing.assert_close(fresh.T @ fresh, torch.eye(3).double())
     assert (known.T @ fresh).abs().max() < 1e-15
     dependent = known[:, [0, 0, 1]]
-    assert (dependent.T @ fresh_directions(dependent, 2, torch.Generator().manual_seed(0))).abs().max() < 1e-15
+    assert (
+        dependent.T @ fresh_directions(dependent, 2, torch.Generator().manual_seed(0))
+    ).abs().max() < 1e-15
 
 
 def test_a_new_term_stands_behind_next_to_nothing_with_fresh_scores_and_moments() -> None:
@@ -132,7 +142,9 @@ def test_files_and_folding_have_the_ranks_that_are_left(tmp_path: Path) -> None:
     assert sum(ends_the_same(point(init="pissa"), tmp_path).ranks()) == 6
 
 
-@pytest.mark.parametrize("structure, init", [("lora", None), ("dora", "pissa"), ("hira", None), ("abba", None)])
+@pytest.mark.parametrize(
+    ("structure", "init"), [("lora", None), ("dora", "pissa"), ("hira", None), ("abba", None)]
+)
 def test_training_resumes_bit_for_bit(structure: str, init: str | None, tmp_path: Path) -> None:
     resumes(point(structure, init), tmp_path)
 
@@ -150,7 +162,9 @@ def test_the_layer_that_needs_it_does_not_lose_rank() -> None:
     assert planted(point(interval=5), steps=150).ranks()[1] >= 2
 
 
-@pytest.mark.parametrize("options", [{"pool": 0}, {"exchange": -1}, {"interval": 0}, {"beta2": 1.0}, {"final": 0.95}])
+@pytest.mark.parametrize(
+    "options", [{"pool": 0}, {"exchange": -1}, {"interval": 0}, {"beta2": 1.0}, {"final": 0.95}]
+)
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidOption, match="elalora"):
         Training(point(**options))

@@ -7,7 +7,15 @@ import pytest
 import torch
 from hosts import Host
 from methods._dynamic import (
-    LAYERS, Training, ends_the_same, ignores_skipped_steps, moments, perceptron, planted, resumes, runs_on,
+    LAYERS,
+    Training,
+    ends_the_same,
+    ignores_skipped_steps,
+    moments,
+    perceptron,
+    planted,
+    resumes,
+    runs_on,
 )  # fmt: skip
 
 import rankfold as rf
@@ -49,7 +57,8 @@ def test_entering_the_reserves_loses_no_gradient() -> None:
     training, rule = Training(point(orthogonality=0.0)), "ranks=increlora"
     training.backward()
     gate = training.pairs[0].gate
-    assert gate is not None and gate.grad is not None
+    assert gate is not None
+    assert gate.grad is not None
     slope = gate.grad.clone()
     training.optimizer.step()
     torch.testing.assert_close(training.optimizer.state[gate]["exp_avg"][:1], 0.1 * slope)
@@ -68,7 +77,9 @@ def test_reserves_are_trained_in_advance_behind_gates_that_stay() -> None:
         assert (pair.up[:, 1] - old).norm() > 0.1 * old.norm()
 
 
-@pytest.mark.parametrize("options", [{}, {"growth": 2}, {"growth": 3, "top": 2}, {"interval": 1}, {"interval": 1000}])
+@pytest.mark.parametrize(
+    "options", [{}, {"growth": 2}, {"growth": 3, "top": 2}, {"interval": 1}, {"interval": 1000}]
+)
 def test_the_total_rank_never_falls_and_ends_exactly_at_the_target(options: dict[str, Any]) -> None:
     training, totals = Training(point(**options), 30, rank=3), []
     for _ in range(30):
@@ -99,7 +110,10 @@ def test_fresh_terms_have_fresh_moments_and_the_others_keep_theirs() -> None:
     training.step(4)
     pair = training.pairs[1]
     assert pair.gate is not None
-    old = {name: moments(training, value) for name, value in (("up", pair.up), ("down", pair.down), ("gate", pair.gate))}
+    old = {
+        name: moments(training, value)
+        for name, value in (("up", pair.up), ("down", pair.down), ("gate", pair.gate))
+    }
     fresh = torch.ones(pair.up.shape[0], 2).double(), torch.ones(2, pair.down.shape[1]).double()
     with torch.no_grad():
         change_terms(training.run, pair, torch.tensor([1, 0]), *fresh, torch.zeros(2).double())
@@ -126,7 +140,9 @@ def test_no_weight_grows_beyond_its_smaller_side() -> None:
         while rule.missing(training.run) and rule.grow(training.run, 3):
             pass
     assert sum(active(training)) == 12
-    assert all(n <= min(pair.expression.shape) for n, pair in zip(active(training), training.pairs, strict=True))
+    assert all(
+        n <= min(pair.expression.shape) for n, pair in zip(active(training), training.pairs, strict=True)
+    )
 
 
 def test_the_score_sees_the_sum_of_the_change_times_its_gradient() -> None:
@@ -188,7 +204,9 @@ def test_files_and_folding_have_the_ranks_that_are_left(tmp_path: Path) -> None:
     assert all(isinstance(pair.expression, Weight) for pair in training.pairs)
 
 
-@pytest.mark.parametrize("structure, init", [("lora", None), ("dora", "olora"), ("hira", None), ("abba", None)])
+@pytest.mark.parametrize(
+    ("structure", "init"), [("lora", None), ("dora", "olora"), ("hira", None), ("abba", None)]
+)
 def test_training_resumes_bit_for_bit(structure: str, init: str | None, tmp_path: Path) -> None:
     resumes(point(structure, init), tmp_path)
 
@@ -202,7 +220,9 @@ def test_it_runs_on_every_kind_of_layer(host: Host) -> None:
     runs_on(point(), host)
 
 
-@pytest.mark.parametrize("options", [{"growth": 0}, {"top": 0}, {"warmup": 1.0}, {"score": "both"}, {"orthogonality": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"growth": 0}, {"top": 0}, {"warmup": 1.0}, {"score": "both"}, {"orthogonality": -1.0}]
+)
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidOption, match="increlora"):
         Training(point(**options))

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hosts import Host
+from methods._dynamic import LAYERS, runs_on
 from methods._layers import normal
 from methods._moving import (
     INPUTS,
@@ -309,3 +311,8 @@ def test_dora_from_eva_is_accepted() -> None:
     training = Training(model, make=AdamW)
     assert dynamics_of(training, "lora-pro")
     assert training.run(1) > training.run(20)
+
+
+@pytest.mark.parametrize("host", LAYERS, ids=lambda host: host.name)
+def test_every_kind_of_layer_learns(host: Host) -> None:
+    runs_on("lora/lora-pro", host)

@@ -57,7 +57,10 @@ def test_as_factors_it_starts_at_the_base(structure: str) -> None:
 
 def test_the_factors_split_the_approximation_evenly_whatever_the_scaling() -> None:
     matrix = normal(8, 10)
-    basis, leaves = basis_of(matrix, "qr", 4), leaves_of(adapted("lora/qr", holding(matrix), rank=4, alpha=12))
+    basis, leaves = (
+        basis_of(matrix, "qr", 4),
+        leaves_of(adapted("lora/qr", holding(matrix), rank=4, alpha=12)),
+    )
     torch.testing.assert_close(3 * leaves["up"] @ leaves["down"], product(basis))
     torch.testing.assert_close(leaves["up"].norm(dim=0), (basis.values / 3).sqrt())
 
@@ -71,4 +74,6 @@ def test_as_a_frame_it_keeps_the_change_in_the_span_of_the_chosen_columns() -> N
 
 
 def test_the_adapter_loads(tmp_path: Path) -> None:
-    assert_reloads(adapted("lora/qr", holding(normal(6, 8)), rank=3), holding(normal(6, 8)), normal(5, 8), tmp_path)
+    assert_reloads(
+        adapted("lora/qr", holding(normal(6, 8)), rank=3), holding(normal(6, 8)), normal(5, 8), tmp_path
+    )

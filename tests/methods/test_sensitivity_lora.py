@@ -29,10 +29,18 @@ class Seen:
         return self.stored
 
 
-def shared(*fishers: Tensor, rank: int = 8, limit: int | None = None, multiple: int = 1, **options: Any) -> list[int]:
+def shared(
+    *fishers: Tensor, rank: int = 8, limit: int | None = None, multiple: int = 1, **options: Any
+) -> list[int]:
     """Return the ranks of weights with these squared gradients."""
     units = [
-        Unit(str(i), tuple(f.shape), limit=limit, multiple=multiple, site=Seen(normal(*f.shape), squared_gradient=f))
+        Unit(
+            str(i),
+            tuple(f.shape),
+            limit=limit,
+            multiple=multiple,
+            site=Seen(normal(*f.shape), squared_gradient=f),
+        )
         for i, f in enumerate(fishers)
     ]
     found = sensitivity_lora(units, rank, **options)
@@ -97,7 +105,10 @@ def test_the_local_metrics() -> None:
 
 def test_saliency_weighs_the_curvature_by_the_weights() -> None:
     given = [torch.ones(6, 6)] * 2
-    units = [Unit(str(i), (6, 6), site=Seen((i + 1.0) * torch.ones(6, 6), squared_gradient=given[i])) for i in (0, 1)]
+    units = [
+        Unit(str(i), (6, 6), site=Seen((i + 1.0) * torch.ones(6, 6), squared_gradient=given[i]))
+        for i in (0, 1)
+    ]
     assert list(sensitivity_lora(units, 10, weighted=True).values()) == [5, 15]  # 4 and 16, within the bounds
     assert list(sensitivity_lora(units, 10).values()) == [10, 10]
 
@@ -117,7 +128,9 @@ class Twins(nn.Module):
 def test_the_layer_that_matters_more_gets_more(hessian: str) -> None:
     recipe = rf.Recipe("lora", ranks=("sensitivity-lora", {"hessian": hessian}))
     data = [(normal(20, 8, seed=i), normal(20, 6, seed=i + 9)) for i in range(3)]
-    model = rf.adapt(Twins(), recipe, rank=4, alpha=8, targets=["quiet", "loud"], data=data, loss=squares, progress=False)
+    model = rf.adapt(
+        Twins(), recipe, rank=4, alpha=8, targets=["quiet", "loud"], data=data, loss=squares, progress=False
+    )
     pairs = {path: next(e.pairs()) for path, e in model.__dict__["_rankfold"].expressions("default").items()}
     assert {path: pair.up.shape[1] for path, pair in pairs.items()} == {"quiet": 2, "loud": 6}
     assert {pair.scale for pair in pairs.values()} == {2.0}
@@ -125,8 +138,21 @@ def test_the_layer_that_matters_more_gets_more(hessian: str) -> None:
 
 def test_the_gram_needs_no_loss_and_ties_weights_that_share_an_input() -> None:
     recipe = rf.Recipe("lora", ranks=("sensitivity-lora", {"hessian": "gram"}))
-    model = rf.adapt(Twins(), recipe, rank=4, targets=["quiet", "loud"], data=[(normal(20, 8),)], progress=False)
+    model = rf.adapt(
+        Twins(), recipe, rank=4, targets=["quiet", "loud"], data=[(normal(20, 8),)], progress=False
+    )
     assert {leaf.shape for leaf in model.loud.expression.leaves() if leaf.name == "up"} == {(6, 4)}
+
+
+def test_it_has_a_data_set_of_its_own_beside_a_start_that_reads_two() -> None:
+    recipe = rf.Recipe("lora", "fila", ("sensitivity-lora", {}))
+    own, forget, retain = ([(normal(20, 8, seed=i), normal(20, 6, seed=i + 9))] for i in range(3))
+    data = {"": own, "forget": forget, "retain": retain}
+    given = {"targets": ["quiet", "loud"], "loss": squares, "progress": False}
+    model = rf.adapt(Twins(), recipe, rank=2, data=data, **given)
+    alone = rf.adapt(Twins(), rf.Recipe("lora", ranks="sensitivity-lora"), rank=2, data=own, **given)
+    ranks = [m.__dict__["_rankfold"].adapter().record["ranks"] for m in (model, alone)]
+    assert ranks[0] == ranks[1] == {"quiet": 1, "loud": 3}
 
 
 def test_hutchinsons_negative_entries_count_as_zero() -> None:

@@ -50,7 +50,7 @@ def test_the_noise_has_the_asked_size_and_comes_from_the_seed() -> None:
 
 
 def test_the_whole_weight_shrinks_in_its_copy() -> None:
-    model = disturbed(adapted(recipe("shrink-perturb-weight", init="pissa", interval=5), rank=3))
+    model = disturbed(adapted(recipe("shrink-perturb-all", init="pissa", interval=5), rank=3))
     weight, stored = model[0].expression.dense().detach(), model[0].weight.detach().clone()
     shrink_and_perturb(model, 0.4, noise=0.0, whole=True)
     torch.testing.assert_close(model[0].expression.dense().detach(), 0.4 * weight)
@@ -58,7 +58,7 @@ def test_the_whole_weight_shrinks_in_its_copy() -> None:
 
 
 def test_a_normalised_weight_shrinks_by_its_lengths() -> None:
-    model = disturbed(adapted(recipe("shrink-perturb-weight", "dora", interval=5), rank=3))
+    model = disturbed(adapted(recipe("shrink-perturb-all", "dora", interval=5), rank=3))
     weight, up = model[0].expression.dense().detach(), leaves_of(model)["up"].clone()
     shrink_and_perturb(model, 0.4, noise=0.0, whole=True)
     torch.testing.assert_close(model[0].expression.dense().detach(), 0.4 * weight)
@@ -70,7 +70,7 @@ def test_a_homogeneous_networks_outputs_shrink_by_a_power_of_lambda_and_its_clas
         torch.manual_seed(0)
         layers = [nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.ReLU()]
         base = nn.Sequential(*layers, nn.Linear(8, 4, bias=False)).double()
-    model = rf.adapt(base, recipe("shrink-perturb-weight", interval=5), rank=2, targets="all-linear")
+    model = rf.adapt(base, recipe("shrink-perturb-all", interval=5), rank=2, targets="all-linear")
     disturbed(model, 0.1)
     before = model(normal(16, 8)).detach()
     shrink_and_perturb(model, 0.5, noise=0.0, whole=True)
@@ -106,7 +106,7 @@ def test_the_function_resets_an_optimizer_too() -> None:
 
 
 @pytest.mark.parametrize("structure", ["lora", "dora"])
-@pytest.mark.parametrize("name", ["shrink-perturb", "shrink-perturb-weight"])
+@pytest.mark.parametrize("name", ["shrink-perturb", "shrink-perturb-all"])
 def test_training_resumes_bit_for_bit(name: str, structure: str, tmp_path: Path) -> None:
     point = recipe(name, structure, interval=7, at=[20], shrink=0.9)
     assert_resumes(point, tmp_path, make=torch.optim.AdamW)

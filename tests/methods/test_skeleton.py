@@ -54,7 +54,9 @@ def test_the_selections_are_what_they_say() -> None:
     left = torch.linalg.svd(matrix, full_matrices=False)[0][:, :2]
     leverage = basis_of(matrix, "skeleton", 2, select="leverage")
     assert indices(leverage.right, matrix) == left.square().sum(1).topk(2).indices.tolist()
-    drawn = [indices(basis_of(matrix, "skeleton", 4, select="random", seed=s).right, matrix) for s in (0, 0, 1)]
+    drawn = [
+        indices(basis_of(matrix, "skeleton", 4, select="random", seed=s).right, matrix) for s in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -77,5 +79,7 @@ def test_as_a_frame_the_change_stays_between_the_columns_and_the_rows() -> None:
 
 
 def test_another_selection_is_refused() -> None:
-    with pytest.raises(InvalidOption, match="select must be one of pivoted, leverage, norms, random, not 'deim'"):
+    with pytest.raises(
+        InvalidOption, match="select must be one of pivoted, leverage, norms, random, not 'deim'"
+    ):
         basis_of(normal(6, 8), "skeleton", 3, select="deim")

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 from hosts import Host
-from methods._dynamic import LAYERS, Training, ends_the_same, ignores_skipped_steps, perceptron, resumes, runs_on
+from methods._dynamic import (
+    LAYERS,
+    Training,
+    ends_the_same,
+    ignores_skipped_steps,
+    perceptron,
+    resumes,
+    runs_on,
+)
 from methods._layers import linear, normal
 
 import rankfold as rf
@@ -98,18 +106,19 @@ def test_zeros_stay_where_they_are_while_training_is_not_over() -> None:
     assert training.ranks() == [2, 2, 2]
 
 
-def test_a_planted_rank_is_found_in_a_larger_adapter() -> None:
+@pytest.mark.parametrize(("threshold", "rank"), [(1e-2, 2), (0.0, 8)])
+def test_a_planted_rank_is_found_in_a_larger_adapter(threshold: float, rank: int) -> None:
     model = linear(10, 12)
     wanted = model[0].weight.data + 0.4 * normal(10, 2, seed=3) @ normal(2, 12, seed=4)  # type: ignore[index]
     x = normal(200, 12)
     y = x @ wanted.T + model[0].bias.detach()  # type: ignore[index]
-    rf.adapt(model, point(threshold=5e-3, penalty=0.3), rank=8, targets=["0"])
+    rf.adapt(model, point(threshold=threshold, penalty=0.3), rank=8, targets=["0"])
     training = Training(model, 400, rate=2e-2)
     training.x, training.y = x, y
     training.step(400)
     training.handle.remove()
-    assert training.ranks() == [2]
-    assert (training.output() - y).square().mean() < 0.02 * y.square().mean()
+    assert training.ranks() == [rank]
+    assert (training.output() - y).square().mean() < 1e-3 * y.square().mean()
 
 
 def test_the_threshold_climbs_by_stages() -> None:
@@ -128,15 +137,27 @@ def test_stages_need_the_number_of_steps_and_a_constant_threshold_does_not() -> 
         Training(point(last=0.5, stages=3), None)
 
 
+@pytest.mark.parametrize("rule", ["sora", "codyra"])
+def test_a_start_behind_gates_of_zero_is_refused(rule: str) -> None:
+    with pytest.raises(Incompatible, match="random starts behind a gate that is zero"):
+        rf.adapt(perceptron(), rf.Recipe("lora", "random", rule))
+
+
 def test_gates_get_no_weight_decay() -> None:
     model = rf.adapt(perceptron(), point(), rank=2, targets=["0"])
-    assert all(g["weight_decay"] == 0 for g in rf.param_groups(model, lr=1.0, weight_decay=0.1) if g["name"] == "gates")
+    assert all(
+        g["weight_decay"] == 0
+        for g in rf.param_groups(model, lr=1.0, weight_decay=0.1)
+        if g["name"] == "gates"
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.1)
     with pytest.raises(Incompatible, match="weight decay"):
         rf.attach(model, optimizer)
 
 
-@pytest.mark.parametrize("structure, init", [("lora", None), ("dora", "olora"), ("hira", None), ("abba", None)])
+@pytest.mark.parametrize(
+    ("structure", "init"), [("lora", None), ("dora", "olora"), ("hira", None), ("abba", None)]
+)
 def test_training_resumes_bit_for_bit(structure: str, init: str | None, tmp_path: Path) -> None:
     resumes(point(structure, init), tmp_path)
 
@@ -151,7 +172,8 @@ def test_it_runs_on_every_kind_of_layer(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"threshold": -1.0}, {"penalty": -1.0}, {"stages": 0}, {"last": 0.5}, {"last": 0.001, "stages": 2}]
+    "options",
+    [{"threshold": -1.0}, {"penalty": -1.0}, {"stages": 0}, {"last": 0.5}, {"last": 0.001, "stages": 2}],
 )
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidOption, match="sora"):

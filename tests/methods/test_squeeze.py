@@ -96,7 +96,7 @@ def test_gates_are_multiplied_in() -> None:
     torch.testing.assert_close(change(rf.squeeze(model, 2)), best(before, 2))
 
 
-def test_the_rank_rule_ends_with_a_squeeze(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_rank_rule_ends_with_a_squeeze() -> None:
     model = rf.squeeze(gated(), 2)
     optimizer = torch.optim.SGD(rf.param_groups(model, lr=0.1))
     assert rf.attach(model, optimizer).run is None
@@ -127,7 +127,7 @@ def test_an_untrained_change_with_a_subtracted_start_counts_as_zero() -> None:
 
 @pytest.mark.parametrize("rank", [None, 1, 2])
 @pytest.mark.parametrize(
-    "point", ["lora", "dora", "lora/pissa", "dora/pissa", "lora/adalora", "dora/pissa/adalora"]
+    "point", ["lora", "dora", "lora/pissa", "dora/pissa", "lora/adalora", "dora/pissa/adalora", "lora/relora"]
 )
 def test_what_is_squeezed_is_saved_and_loaded_exactly(point: str, rank: int | None, tmp_path: Path) -> None:
     model = disturbed(adapted(point, rank=4, alpha=7.0))

@@ -126,7 +126,9 @@ def test_a_vector_that_begins_again_takes_the_steps_of_an_optimizer_that_began_w
     side: str, make: Any, amsgrad: bool
 ) -> None:
     def exact(groups: Any) -> Any:
-        return make(groups, weight_decay=0.0, amsgrad=amsgrad, betas=(0.8, 0.95), eps=1e-3)
+        for group in groups:
+            group["weight_decay"] = 0.1
+        return make(groups, amsgrad=amsgrad, betas=(0.8, 0.95), eps=1e-3)
 
     training, method = started(never(freeze=2), steps=6, make=exact)
     training.gradients()

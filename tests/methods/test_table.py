@@ -41,7 +41,9 @@ def test_entries_that_overlap_and_agree_are_fine_and_others_are_refused() -> Non
 
 
 def test_an_entry_that_means_nothing_is_refused_with_near_names() -> None:
-    with pytest.raises(InvalidOption, match="'atention' means no weight that is adapted; did you mean attention"):
+    with pytest.raises(
+        InvalidOption, match="'atention' means no weight that is adapted; did you mean attention"
+    ):
         ranks({"atention": 2})
 
 
@@ -64,10 +66,11 @@ def adapted(entries: dict[str, int], structure: Any = "lora", **options: Any) ->
 def test_the_adapter_has_the_ranks_of_the_table_and_its_own_scaling() -> None:
     with pytest.warns(UserWarning, match=r"blocks.1.down: table gave it no rank"):
         model = adapted({"attention": 2, "blocks.1.down": 0}, alpha=8)
-    found = {path: e for path, e in model.__dict__["_rankfold"].expressions("default").items()}
+    found = model.__dict__["_rankfold"].expressions("default")
     pairs = {path: next(e.pairs()) for path, e in found.items()}
     assert {path: pair.up.shape[1] for path, pair in pairs.items()} == {
-        "blocks.0.attention": 2, "blocks.0.up": 4, "blocks.0.down": 4, "blocks.1.attention": 2, "blocks.1.up": 4,
+        "blocks.0.attention": 2, "blocks.0.up": 4, "blocks.0.down": 4,
+        "blocks.1.attention": 2, "blocks.1.up": 4,
     }  # fmt: skip
     assert {pair.scale for pair in pairs.values()} == {2.0, 4.0}
 
@@ -75,5 +78,5 @@ def test_the_adapter_has_the_ranks_of_the_table_and_its_own_scaling() -> None:
 def test_a_rank_that_a_weight_cannot_hold_is_refused_with_the_weight() -> None:
     with pytest.raises(InvalidRank, match=r"blocks.0.up: rank 9 is more than its weight \(12x8\) can hold"):
         adapted({"blocks.0.up": 9})
-    with pytest.raises(InvalidRank, match="blocks.0.up: table gave it the rank 3"):
+    with pytest.raises(InvalidRank, match=r"blocks.0.up: table gave it the rank 3"):
         adapted({"blocks.0.up": 3}, "hra")

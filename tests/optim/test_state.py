@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankfold.optim import adam_options, first_moments, moments, reset, resize, second_moments, transform, unwrapped
+from rankfold.optim import (
+    adam_options,
+    first_moments,
+    moments,
+    reset,
+    resize,
+    second_moments,
+    transform,
+    unwrapped,
+)
 from rankfold.weights import trained
 
 
@@ -40,7 +49,9 @@ KINDS = [
     (torch.optim.Adagrad, {}),
     (torch.optim.Adadelta, {}),
 ]
-named = pytest.mark.parametrize("kind, options", KINDS, ids=lambda value: getattr(value, "__name__", None) or str(value))
+named = pytest.mark.parametrize(
+    ("kind", "options"), KINDS, ids=lambda value: getattr(value, "__name__", None) or str(value)
+)
 
 
 @named
@@ -98,7 +109,10 @@ def test_the_factored_moments_of_adafactor_follow(axis: int, columns: int) -> No
 def test_moments_of_rows_and_columns_follow_where_they_have_the_axis(axis: int) -> None:
     parameter = nn.Parameter(normal(4, 4))
     optimizer = torch.optim.SGD([parameter])
-    optimizer.state[parameter] = {"exp_avg_sq_row": torch.arange(4.0), "exp_avg_sq_col": 10 + torch.arange(4.0)}
+    optimizer.state[parameter] = {
+        "exp_avg_sq_row": torch.arange(4.0),
+        "exp_avg_sq_col": 10 + torch.arange(4.0),
+    }
     resize(optimizer, parameter, axis, torch.tensor([2]), 1)
     followed, other = ("row", "col") if axis == 0 else ("col", "row")
     state = optimizer.state[parameter]
@@ -154,7 +168,10 @@ def test_a_part_is_reset_and_the_rest_keeps_its_moments_and_the_count_of_steps(a
 def test_first_moments_transform_as_the_gradient_does() -> None:
     old, new = nn.Parameter(normal(4, 3)), nn.Parameter(normal(4, 2))
     change = normal(3, 2, seed=9)
-    mapped, direct = stepped(torch.optim.SGD, old, momentum=0.9), torch.optim.SGD([new], lr=1e-2, momentum=0.9)
+    mapped, direct = (
+        stepped(torch.optim.SGD, old, momentum=0.9),
+        torch.optim.SGD([new], lr=1e-2, momentum=0.9),
+    )
     for seed in range(3):
         new.grad = normal(4, 3, seed=seed) @ change
         direct.step()
@@ -178,9 +195,15 @@ def test_adams_options_say_how_weight_decay_acts_and_others_have_none() -> None:
     parameter = nn.Parameter(normal(3, 2))
     adam = adam_options(torch.optim.Adam([parameter], lr=0.5, betas=(0.1, 0.2), weight_decay=0.3), parameter)
     assert adam is not None
-    assert (adam["lr"], adam["betas"], adam["weight_decay"], adam["decoupled"]) == (0.5, (0.1, 0.2), 0.3, False)
+    assert (adam["lr"], adam["betas"], adam["weight_decay"], adam["decoupled"]) == (
+        0.5,
+        (0.1, 0.2),
+        0.3,
+        False,
+    )
     decoupled = adam_options(torch.optim.AdamW([parameter]), parameter)
-    assert decoupled is not None and decoupled["decoupled"]
+    assert decoupled is not None
+    assert decoupled["decoupled"]
     assert adam_options(torch.optim.SGD([parameter]), parameter) is None
 
 

@@ -60,6 +60,7 @@ class Attached:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.run.restore_rates()
         delattr(self.run.optimizer, _HANDLE)
         for name, method in self.methods.items():
             self.run.enter(name)
@@ -109,10 +110,15 @@ class Attached:
     def _gradients_ready(self) -> None:
         run = self._running()
         self._resume(run)
-        if not run.state["begun"]:
-            run.state.update(begun=True, point=self._point)
-            self._each(run, "begin")
-        self._each(run, "gradients_ready")
+        run.restore_rates()  # of a step that failed
+        try:
+            if not run.state["begun"]:
+                self._each(run, "begin")
+                run.state.update(begun=True, point=self._point)
+            self._each(run, "gradients_ready")
+        except BaseException:
+            run.restore_rates()
+            raise
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -138,7 +144,8 @@ class Attached:
         known = run.optimizer.param_groups[0].get(MEMORY)
         if known is not None and known["begun"] and known["point"] != self._point:
             raise Incompatible(
-                f"the optimizer's state was left by {known['point']!r} and cannot be continued as {self._point!r}"
+                f"the optimizer's state was left by {known['point']!r} and cannot be continued as "
+                f"{self._point!r}"
             )
 
 
@@ -187,11 +194,15 @@ def attach(
         _log.info("nothing to attach: %s has neither dynamics nor dynamic ranks", name)
         return Attached({}, None, "")
     inner = unwrapped(optimizer)
+    if isinstance(inner, torch.optim.LBFGS) and inner.param_groups[0]["max_iter"] > 1:
+        raise Incompatible(
+            "dynamics need an optimizer that evaluates its closure once a step, and LBFGS does not"
+        )
     given = {"total_steps": total_steps, "scheduler": scheduler, "validation": validation, "loss": loss}
     _check_given(resolved, given)
     _check_holds(adaptation, name, inner)
     methods = _methods(resolved)
-    run = Run(adaptation, name, inner, **given)  # type: ignore[arg-type]
+    run = Run(adaptation, name, inner, **given)
     _check_owned(resolved, run)
     return Attached(methods, run, resolved.recipe.text())
 
@@ -208,14 +219,16 @@ def attachable(adaptation: Adaptation) -> tuple[str, Resolved | None]:
         if resolved.dynamics or resolved.rule is not None:
             found.append((name, resolved))
     if len(found) > 1:
-        raise Incompatible(f"the active adapters {[name for name, _ in found]} all have dynamics; use one at a time")
+        names = [name for name, _ in found]
+        raise Incompatible(f"the active adapters {names} all have dynamics; use one at a time")
     return found[0] if found else (", ".join(adaptation.active) or "no active adapter", None)
 
 
 def _methods(resolved: Resolved) -> dict[str, Dynamics]:
     """Rank rules see gradients first, and act last after a step."""
-    rule = {} if resolved.rule is None else {f"ranks={resolved.ranks.name}": resolved.rule}  # type: ignore
-    return {**rule, **resolved.dynamics}
+    if resolved.rule is None or resolved.ranks is None:
+        return dict(resolved.dynamics)
+    return {f"ranks={resolved.ranks.name}": resolved.rule, **resolved.dynamics}
 
 
 def _check_given(resolved: Resolved, given: dict[str, Any]) -> None:
@@ -226,7 +239,8 @@ def _check_given(resolved: Resolved, given: dict[str, Any]) -> None:
     needs = getattr(resolved.rule, "needs", ())
     for need in needs:
         if given[need] is None:
-            raise InvalidOption(f"{resolved.ranks.name} needs {need}: pass {need}= to attach")  # type: ignore
+            rule = "" if resolved.ranks is None else resolved.ranks.name
+            raise InvalidOption(f"{rule} needs {need}: pass {need}= to attach")
     steps = given["total_steps"]
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise InvalidOption(f"total_steps must be a whole number of at least 1, not {steps!r}")
@@ -245,12 +259,12 @@ def _check_holds(adaptation: Adaptation, name: str, optimizer: Optimizer) -> Non
 
 def _check_owned(resolved: Resolved, run: Run) -> None:
     for name in resolved.dynamics:
-        if registry.get("dynamics", name).traits["owns_step"]:
-            if any(adam_options(run.optimizer, pair.up) is None for pair in run.pairs):
-                raise Incompatible(
-                    f"{name} takes Adam's step in a metric of its own, which it cannot do for "
-                    f"{type(run.optimizer).__name__}; use torch.optim.Adam or AdamW"
-                )
+        owns = registry.get("dynamics", name).traits["owns_step"]
+        if owns and any(adam_options(run.optimizer, pair.up) is None for pair in run.pairs):
+            raise Incompatible(
+                f"{name} takes Adam's step in a metric of its own, which it cannot do for "
+                f"{type(run.optimizer).__name__}; use torch.optim.Adam or AdamW"
+            )
     gates = [pair.gate for pair in run.pairs if isinstance(pair.gate, nn.Parameter)]
     if any(run.group(gate).get("weight_decay") for gate in gates):
         raise Incompatible(

@@ -15,6 +15,7 @@ from ..statistics import Statistics, WeightStatistics, collect
 from .recipe import Resolved
 from .registry import needs_of
 
+UNNAMED = "calibration"  # in a mapping of data sets, the one that a method reads without a name
 Wanted = str | tuple[str, dict[str, Any]]  # as `collect` takes it
 Collected = dict[str, dict[str, WeightStatistics]]
 
@@ -73,7 +74,8 @@ def check_given(resolved: Resolved, sets: Mapping[str, list[Wanted]], given: Cal
         raise Incompatible(f"{point} reads no data; leave data= away")
     data = given.data
     named = isinstance(data, Mapping) and not isinstance(data, Statistics)
-    if sets and (set(data) if named else {""}) != set(sets):  # type: ignore[arg-type]
+    wanted = {name or UNNAMED for name in sets} if set(sets) != {""} else {""}
+    if sets and (set(data) if named else {""}) != wanted:  # type: ignore[arg-type]
         raise InvalidOption(f"{point} reads {len(sets)} set(s) of batches: pass {_wanted(sets)}")
     rate = resolved.init if resolved.init and resolved.init.traits["rate"] else None
     if rate is not None and given.learning_rate is None:
@@ -87,7 +89,7 @@ def check_given(resolved: Resolved, sets: Mapping[str, list[Wanted]], given: Cal
 def _wanted(sets: Mapping[str, Any]) -> str:
     if set(sets) == {""}:
         return "data=batches"
-    return "data={" + ", ".join(f'"{name}": batches' for name in sorted(sets)) + "}"
+    return "data={" + ", ".join(f'"{name or UNNAMED}": batches' for name in sorted(sets)) + "}"
 
 
 def collected(
@@ -99,8 +101,9 @@ def collected(
         RankfoldError: what `collect` raises.
     """
     found: Collected = {path: {} for path in paths}
+    named = isinstance(given.data, Mapping) and not isinstance(given.data, Statistics)
     for name, needs in sets.items():
-        data = given.data[name] if name else given.data  # type: ignore[index]
+        data = given.data[name or UNNAMED] if named else given.data  # type: ignore[index]
         statistics = _statistics(model, data, needs, paths, given)
         for path in paths:
             found[path][name] = statistics[path]

@@ -37,7 +37,8 @@ def param_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0) -> l
         >>> [(group["name"], group["lr"]) for group in rf.param_groups(model, lr=0.5)]
         [('input', 0.5), ('output', 8.0)]
     """
-    for what, number in (("lr", lr), ("weight_decay", weight_decay)):
+    numbers: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    for what, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < float("inf"):
             raise InvalidOption(f"{what} must be a finite number of at least 0, not {number!r}")
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import StructuredLayer
+from ..weights import Gated, Weight
 from .run import Run
 
 
@@ -19,12 +20,13 @@ class ChangeSensitivity:
     A weight's dense gradient (out, in) is formed from the layer's input and the gradient of its output,
     reduced to one number at once, and let go. Where a layer is called or backward is run several times,
     absolute values are added up. Layers that are no modules of their own, such as the projections inside
-    `nn.MultiheadAttention`, are not seen.
+    `nn.MultiheadAttention`, and changes that differ from token to token are not seen.
     """
 
     def __init__(self, run: Run) -> None:
         self._sums: dict[str, Tensor] = {}
-        owners = {id(layer): path for path, layer in run.adaptation.layers.items() if path in run.expressions}
+        whole = [path for path, expression in run.expressions.items() if _has_matrix(expression)]
+        owners = {id(run.adaptation.layers[path]): path for path in whole}
         self._handles = [
             layer.register_forward_hook(_forward_hook(self._sums, owners[id(owner)]), with_kwargs=True)
             for layer in run.adaptation.layers.values()
@@ -41,6 +43,10 @@ class ChangeSensitivity:
         """Let go of the layers."""
         for handle in self._handles:
             handle.remove()
+
+
+def _has_matrix(expression: Weight) -> bool:
+    return not any(isinstance(part, Gated) for part in expression.modules())
 
 
 def _forward_hook(sums: dict[str, Tensor], path: str) -> Callable[..., None]:

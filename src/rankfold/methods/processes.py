@@ -26,6 +26,13 @@ def gathered(part: Tensor, axis: int) -> Tensor:
     return torch.cat(parts, axis)
 
 
+def copy_from_first(parameters: list[Tensor]) -> None:
+    """Give parameters the values that they have in the first process."""
+    if processes()[1] > 1:
+        for parameter in parameters:
+            torch.distributed.broadcast(parameter.detach(), 0)
+
+
 def average_gradients(parameters: list[Tensor]) -> None:
     """Replace gradients by their mean over processes; a process without one counts as zero."""
     count = processes()[1]

@@ -1,7 +1,7 @@
 """Tables of ranks that a search or a measurement has found.
 
-Unlike the rank rule `table`, which a user writes by hand, they have to cover every weight that is adapted, and
-may cover more.
+Unlike the rank rule `table`, which a user writes by hand, they have to cover every weight that is adapted,
+and may cover more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def tabled(name: str, units: Sequence[Unit], table: Mapping[str, int]) -> dict[s
     Args:
         name: of the rank rule, for errors.
         units: the weights.
-        table: ranks by dotted path or pattern of paths; 0 leaves a weight out. Entries of other weights are not read.
+        table: ranks by dotted path or pattern of paths; 0 leaves a weight out. Entries of weights that are
+            not adapted are not read.
 
     Raises:
         InvalidOption: a weight has no entry, or an entry is no rank.

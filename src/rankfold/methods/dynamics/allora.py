@@ -30,7 +30,7 @@ from .owned import check_dropout, precise
     "allora",
     pairs="terms",
     excludes=(
-        "relora", "periodic-lora", "switchlora", "refactorisation", "shrink-perturb", "shrink-perturb-weight",
+        "relora", "periodic-lora", "switchlora", "refactorisation", "shrink-perturb", "shrink-perturb-all",
         "hd-pissa",
     ),
     status="experimental",

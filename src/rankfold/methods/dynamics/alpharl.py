@@ -175,11 +175,14 @@ def line(changes: Sequence[Tensor], progress: Tensor, target: float, iterations:
 
 
 def changes_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return W_k - W_0 of every weight that a checkpoint holds, as matrices (out, in) in float32 or better.
+    """Return W_k - W_0 of every weight that a checkpoint holds, as matrices in float32 or better.
 
     Args:
         model: with W_0; it is not changed.
         checkpoint: a state dict of the whole model, or the folder of an adapter.
+
+    Returns:
+        Changes (out, in) by name of the parameter; (in, out) where the layer stores its weight so.
     """
     if isinstance(checkpoint, str | Path):
         return _adapted(model, checkpoint)
@@ -199,12 +202,15 @@ def _adapted(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     from ..persist import load
 
     adapted = load(copy.deepcopy(model), folder)
-    adaptation = require(adapted)
-    return {
-        f"{path}.weight": _exact(layer.expression.dense()) - _exact(layer.matrix())
-        for path, layer in adaptation.layers.items()
-        if layer.expression is not None and layer.lender is None
-    }
+    names = {id(parameter): name for name, parameter in adapted.named_parameters()}
+    changes = {}
+    for layer in require(adapted).layers.values():
+        if layer.expression is not None and layer.lender is None:
+            stored, matrix = layer.stored(), layer.matrix()
+            change = _exact(layer.expression.dense()) - _exact(matrix)
+            is_transposed = stored.dim() == 2 and stored.stride() != matrix.stride()
+            changes[names[id(stored)]] = change.T if is_transposed else change
+    return changes
 
 
 def _exact(value: Tensor) -> Tensor:

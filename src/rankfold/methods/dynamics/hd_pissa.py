@@ -11,11 +11,12 @@ structure's. With factors from another start (pissa, olora, ...) all processes h
 with one process a step is that of a fixed pair.
 
 The processes are those of torch.distributed: each adapts, trains and attaches by itself, with batches of its
-own, and must take the same number of steps. **Do not wrap the model in DistributedDataParallel**, which would
-average the gradients of different bands. Whatever else is trained (a head, a magnitude) gets the mean of the
-processes' gradients before the step, as it would there. Every process holds all of W in float32 or better,
-and saves the same weight beside its own band; to continue, each loads its own. Communication is 4 N r (out +
-in) numbers a weight and step: fixed factors are sent along, as in the official code.
+own, and must take the same number of steps. **Do not wrap the model in DistributedDataParallel**, which
+would average the gradients of different bands. Whatever else is trained (a head, a magnitude) gets the mean
+of the processes' gradients before the step and starts as in the first process, as it would there. Every
+process holds all of W in float32 or better, and saves the same weight beside its own band; to continue, each
+loads its own. Communication is 4 N r (out + in) numbers a weight and step: fixed factors are sent along, as
+in the official code.
 
 Deviations: gradients are those of the factors themselves; the official code adds 1e-16 times the product to
 the output and multiplies the gradients by 1e16. Weight decay on the factors is refused, because it would take
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Incompatible
-from ..processes import average_gradients, gathered
+from ..processes import average_gradients, copy_from_first, gathered
 from ..registry import dynamics
 from ..rules import Dynamics
 from ..run import Run, TrainedPair
@@ -48,7 +49,7 @@ from ..run import Run, TrainedPair
         "switchlora",
         "refactorisation",
         "shrink-perturb",
-        "shrink-perturb-weight",
+        "shrink-perturb-all",
     ),
     init=("hd-pissa", {}),
     title="HD-PiSSA: High-Rank Distributed Orthogonal Adaptation",
@@ -71,7 +72,8 @@ class HdPissa(Dynamics):
             )
 
     def begin(self, run: Run) -> None:
-        """Remember the start of factors whose expression does not hold it."""
+        """Remember the start of factors whose expression does not hold it; let all else start alike."""
+        copy_from_first(list(_others(run)))
         for pair in run.pairs:
             for name, factor in (("up", pair.up), ("down", pair.down)):
                 if _held(pair, name) is None:

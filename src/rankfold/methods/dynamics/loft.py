@@ -61,7 +61,7 @@ class Side(NamedTuple):
     gates=False,
     excludes=(
         "lora+", "allora", "relora", "periodic-lora", "switchlora", "refactorisation", "shrink-perturb",
-        "shrink-perturb-weight", "hd-pissa",
+        "shrink-perturb-all", "hd-pissa",
     ),
     title="LoFT: Low-Rank Adaptation That Behaves Like Full Fine-Tuning",
     year=2025,

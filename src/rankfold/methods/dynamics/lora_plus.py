@@ -49,11 +49,13 @@ class LoraPlus(Dynamics):
     def check(self, run: Run) -> None:
         """Refuse an optimizer whose groups do not have the ratio."""
         for expression in run.expressions.values():
-            rates: dict[str, float] = {
-                side: run.group(leaf.tensor())["lr"] for leaf, side in expression.sides()
-            }
-            if abs(rates["output"] - self.ratio * rates["input"]) > 1e-6 * abs(rates["output"]):
+            rates: dict[str, list[float]] = {"input": [], "output": []}
+            for leaf, side in expression.sides():
+                if side in rates and leaf.tensor().requires_grad:
+                    rates[side].append(float(run.group(leaf.tensor())["lr"]))
+            slow = [self.ratio * rate for rate in rates["input"]]
+            if any(abs(fast - rate) > 1e-6 * abs(fast) for fast in rates["output"] for rate in slow):
                 raise Incompatible(
-                    f"lora+ wants a learning rate {self.ratio:g} times as high on the output side; create the "
-                    "optimizer from rankfold.param_groups(model, lr=...)"
+                    f"lora+ wants a learning rate {self.ratio:g} times as high on the output side; create "
+                    "the optimizer from rankfold.param_groups(model, lr=...)"
                 )

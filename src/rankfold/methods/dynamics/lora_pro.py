@@ -42,7 +42,7 @@ from .owned import Gradients, check_numbers, check_run, clip, gradients_of, gram
     gates=False,
     excludes=(
         "lora+", "allora", "relora", "periodic-lora", "switchlora", "refactorisation", "shrink-perturb",
-        "shrink-perturb-weight", "hd-pissa",
+        "shrink-perturb-all", "hd-pissa",
     ),
     title="LoRA-Pro: Are Low-Rank Adapters Properly Optimized?",
     year=2024,

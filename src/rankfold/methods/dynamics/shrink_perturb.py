@@ -5,8 +5,8 @@
 Ash and Adams 2019. For an adapter theta is the product s B A, B (out, r), A (r, in): B <- lambda B + p_B and
 A <- A + p_A, so that without noise the product is multiplied by lambda, where both factors scaled would give
 lambda^2. A keeps its size, so that the gradients of B, s G A^T, stay what they are. With the dynamics
-`shrink-perturb-weight` theta is the whole weight, W0 + s B A, and the noise also goes into it; it moves a
-copy in float32 or better. Everything else that is trained, such as gates, is left alone; where the rows of a
+`shrink-perturb-all` theta is the whole weight, W0 + s B A, and the noise also goes into it; it moves a copy
+in float32 or better. Everything else that is trained, such as gates, is left alone; where the rows of a
 weight are normalised, their trained lengths shrink instead of it. The optimizer's state of the factors starts
 again. lambda = 0.5 is the middle of the useful range, 0.3 to 0.6, and sigma = 0.01 the paper's; noise of a
 fixed sigma knows nothing of a layer's width. Start: as the structure's.
@@ -37,7 +37,7 @@ from ..site import derived_seed
 _ABOUT: dict[str, Any] = {
     "pairs": "terms",
     "example": {"interval": 5, "shrink": 0.95},
-    "excludes": ("shrink-perturb", "shrink-perturb-weight"),
+    "excludes": ("shrink-perturb", "shrink-perturb-all"),
     "title": "On Warm-Starting Neural Network Training",
     "year": 2019,
     "arxiv": "1910.08475",
@@ -84,13 +84,13 @@ class ShrinkPerturb(Dynamics):
 
 
 @dynamics(
-    "shrink-perturb-weight",
+    "shrink-perturb-all",
     moves_base=True,
     formula="W0 + s B A <- lambda (W0 + s B A) + noise, at given steps",
     **_ABOUT,
 )
 @dataclass(kw_only=True)
-class ShrinkPerturbWeight(ShrinkPerturb):
+class ShrinkPerturbAll(ShrinkPerturb):
     """Shrinking the whole weight; the options are those of `ShrinkPerturb`."""
 
     whole: ClassVar[bool] = True
@@ -157,7 +157,7 @@ def _check_products(found: Sequence[tuple[str, Weight, list[TrainedPair]]], whol
         if whole and not all(pair.base is not None and pair.pair.additive for pair in pairs):
             raise Incompatible(
                 f"{path} holds no copy of its weight that could shrink; adapt with the dynamics "
-                "shrink-perturb-weight or another that moves changes into the weight"
+                "shrink-perturb-all or another that moves changes into the weight"
             )
     if not found:
         raise Incompatible("no active adapter changes a weight, so there is nothing to shrink")

@@ -50,8 +50,14 @@ _AXIS = {"up": 1, "down": 0}
     moves_base=True,
     gates=False,
     excludes=(
-        "relora", "periodic-lora", "refactorisation", "shrink-perturb", "shrink-perturb-weight", "lora-pro", "loft",
-    ),  # fmt: skip
+        "relora",
+        "periodic-lora",
+        "refactorisation",
+        "shrink-perturb",
+        "shrink-perturb-all",
+        "lora-pro",
+        "loft",
+    ),
     init=("switchlora", {}),
     title="SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information",
     year=2024,

@@ -58,6 +58,7 @@ class CoDyRA(DynamicRanks):
     levels: int = 50
     dead_zone: bool = False
     needs: ClassVar[tuple[str, ...]] = ("total_steps",)
+    opens: ClassVar[bool] = False  # the sparse steps would put gates that start at zero back there
 
     def __post_init__(self) -> None:
         if self.threshold < 0 or not 0 <= self.dense < 1 or self.levels < 2:

@@ -86,7 +86,8 @@ class PRILoRA(DynamicRanks):
 
     def share(self, units: Sequence[Unit], rank: int) -> dict[str, int]:
         """Share ranks out by depth."""
-        return {unit.path: unit.fitted(rank * self.times(unit)) for unit in units}
+        # Exact halves, which are rounded to even ones, keep the mean.
+        return {unit.path: unit.fitted(round(rank * self.times(unit), 9)) for unit in units}
 
     def times(self, unit: Unit) -> float:
         """Return the multiple of the asked rank at a weight's depth."""

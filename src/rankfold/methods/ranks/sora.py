@@ -17,6 +17,7 @@ first and then zeroes |g| < xi, so that everything below 2 xi dies; `dead_zone` 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,10 +52,9 @@ def shrink(pairs: Sequence[TrainedPair], threshold: float, *, dead_zone: bool = 
 
 
 def drawn_gate(site: Place, name: str, rank: int, start: str) -> Leaf:
-    """Return a gate drawn from N(0, 1) before a product that is zero, else one of zeros or ones."""
-    if start == "zero":
-        return site.trained(site.zeros(rank) if site.blank else site.normal(name, rank), name)
-    return site.trained(site.zeros(rank) + (start != "gated"), name)
+    """Return a gate drawn from N(0, 1) before a product that is zero, else one of ones."""
+    drawn = start == "zero" and not site.blank
+    return site.trained(site.normal(name, rank) if drawn else site.zeros(rank) + 1, name)
 
 
 @ranks(
@@ -82,6 +82,7 @@ class SoRA(DynamicRanks):
     last: float | None = None
     stages: int = 1
     dead_zone: bool = False
+    opens: ClassVar[bool] = False  # a gate of zero is put back there by every step that moves it less than xi
 
     def __post_init__(self) -> None:
         if min(self.threshold, self.penalty) < 0 or self.stages < 1:
