@@ -111,7 +111,7 @@ def moments(training: Training, parameter: Tensor) -> Tensor:
     return training.optimizer.state[parameter]["exp_avg_sq"].clone()
 
 
-def resumes(recipe: Any, folder: Path, *, total: int = 40, at: Sequence[int] = (9, 17, 33)) -> None:
+def resumes(recipe: Any, folder: Path, *, total: int = 40, at: Sequence[int] = (11, 30)) -> None:
     """A training that is stopped, saved and loaded ends as one that was not, bit for bit."""
     whole, halves = Training(recipe, total), []
     for step in range(1, total + 1):

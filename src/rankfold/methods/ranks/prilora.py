@@ -16,7 +16,8 @@ pruned, as the structure says: A of two factors, the vectors of reflections (hra
 Where the start of the factors is subtracted from the base, the start's entries are set to zero with A's, so
 that the pruned part stays in the base and the function changes only by what was learned there. Weights whose
 input cannot be seen are not pruned: embeddings, which look rows up, and the output projection of
-nn.MultiheadAttention. Several processes add up their activities, so that they prune alike.
+nn.MultiheadAttention. Several processes add up their activities in every step, so that they prune alike; all
+of them must meet the same weights.
 """
 
 from __future__ import annotations
