@@ -43,7 +43,11 @@ from rankfold.methods.recipe import resolve
 from rankfold.methods.registry import Method, StepZero
 from rankfold.weights import Gated, Leaf, Normalized, Sum, Weight
 
-EVERY_KIND = ("kaiming", "pissa", "svd")  # an initialiser without data for a zero, a residual and a frame start
+EVERY_KIND = (
+    "kaiming",
+    "pissa",
+    "svd",
+)  # an initialiser without data for a zero, a residual and a frame start
 EXACT = 1e-9  # relative to the largest entry, in float64
 HALF = 0.05  # likewise, where bfloat16 is involved
 
@@ -162,8 +166,12 @@ def points(name: str, **options: Any) -> list[Point]:
     options = {**structure.traits["example"], **options}
     if structure.traits["init"] is None:
         return [Point(structure, None, options)]
-    own = structure.traits["init"] if isinstance(structure.traits["init"], str) else structure.traits["init"][0]
-    inits = [i for i in rf.methods("init") if i.name in {own, *EVERY_KIND} and _accepts(structure, i, options)]
+    own = (
+        structure.traits["init"] if isinstance(structure.traits["init"], str) else structure.traits["init"][0]
+    )
+    inits = [
+        i for i in rf.methods("init") if i.name in {own, *EVERY_KIND} and _accepts(structure, i, options)
+    ]
     return [Point(structure, i, options) for i in inits]
 
 

@@ -1,4 +1,4 @@
-"""Write docs/methods.md and docs/composition.md from the catalogue; `--check` says whether they are up to date."""
+"""Write docs/methods.md and docs/composition.md from the catalogue; `--check` says whether both are fresh."""
 
 import itertools
 import sys
@@ -19,9 +19,9 @@ What goes with what is in [composition.md](composition.md). Options of a structu
 SPACE = """# What goes with what
 
 Written by `make docs` from what every method says of itself; do not edit it. A point of the space is
-`structure/init/ranks/dynamics`, such as `dora/pissa/adalora/lora+`. Below, for every two axes, which methods go
-together, and the sentence with which `rf.adapt` refuses the others; the tests run every accepted pair from its
-start to its end. `rankfold methods --compose` prints the same.
+`structure/init/ranks/dynamics`, such as `dora/pissa/adalora/lora+`. Below, for every two axes, which methods
+go together, and the sentence with which `rf.adapt` refuses the others; the tests run every accepted pair from
+its start to its end. `rankfold methods --compose` prints the same.
 """
 
 

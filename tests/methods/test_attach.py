@@ -516,3 +516,22 @@ def test_a_plain_adapter_beside_one_with_dynamics_trains_as_ever() -> None:
     run(model, optimizer, 3)
     assert all(not torch.equal(p, old) for p, old in before.items())
     assert len(optimizer.state) == 2
+
+
+class Louder(torch.optim.AdamW):
+    """An optimizer whose step calls its parent's, so that PyTorch runs step hooks twice."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_a_step_that_calls_its_parents_step_counts_once() -> None:
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # its class has been wrapped
+    model = rf.adapt(nn.Sequential(nn.Linear(6, 6)), "lora/lora+", rank=2, targets=["0"])
+    optimizer = Louder(rf.param_groups(model, lr=1e-2))
+    with rf.attach(model, optimizer) as handle:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 6)).sum().backward()
+            optimizer.step()
+        assert handle.run.step == 3

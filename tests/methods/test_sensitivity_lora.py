@@ -147,7 +147,7 @@ def test_the_gram_needs_no_loss_and_ties_weights_that_share_an_input() -> None:
 def test_it_has_a_data_set_of_its_own_beside_a_start_that_reads_two() -> None:
     recipe = rf.Recipe("lora", "fila", ("sensitivity-lora", {}))
     own, forget, retain = ([(normal(20, 8, seed=i), normal(20, 6, seed=i + 9))] for i in range(3))
-    data = {"": own, "forget": forget, "retain": retain}
+    data = {"calibration": own, "forget": forget, "retain": retain}
     given = {"targets": ["quiet", "loud"], "loss": squares, "progress": False}
     model = rf.adapt(Twins(), recipe, rank=2, data=data, **given)
     alone = rf.adapt(Twins(), rf.Recipe("lora", ranks="sensitivity-lora"), rank=2, data=own, **given)

@@ -51,9 +51,11 @@ def test_the_selections_are_what_they_say() -> None:
     matrix[7] *= 5
     norms = basis_of(matrix, "skeleton", 2, select="norms")
     assert indices(norms.right, matrix) == matrix.norm(dim=1).topk(2).indices.tolist()
-    left = torch.linalg.svd(matrix, full_matrices=False)[0][:, :2]
+    assert indices(norms.left.T, matrix.T) == matrix.norm(dim=0).topk(2).indices.tolist()
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     leverage = basis_of(matrix, "skeleton", 2, select="leverage")
-    assert indices(leverage.right, matrix) == left.square().sum(1).topk(2).indices.tolist()
+    assert indices(leverage.right, matrix) == left[:, :2].square().sum(1).topk(2).indices.tolist()
+    assert indices(leverage.left.T, matrix.T) == right[:2].square().sum(0).topk(2).indices.tolist()
     drawn = [
         indices(basis_of(matrix, "skeleton", 4, select="random", seed=s).right, matrix) for s in (0, 0, 1)
     ]

@@ -202,7 +202,7 @@ class Adaptation:
         moved = [a.name for a in chosen if self._moves_base(a.name)]
         if moved and len(chosen) > 1:
             raise Incompatible(
-                f"{moved[0]!r} has moved the stored weights themselves, and other changes do not stand on those"
+                f"{moved[0]!r} has moved the stored weights themselves, and no other change stands on those"
             )
         whole = [a.name for a in chosen if a.values]
         if len(whole) > 1:

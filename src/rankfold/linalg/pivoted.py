@@ -87,7 +87,7 @@ def _lapack_qr(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         from scipy.linalg import qr
     except ImportError:
         raise MissingDependency(
-            "backend='lapack' needs the library scipy: pip install 'rankfold[solvers]', or take backend='torch'"
+            "backend='lapack' needs the library scipy: pip install 'rankfold[solvers]', or take 'torch'"
         ) from None
     basis, triangle, columns = qr(matrix.cpu().numpy(), mode="economic", pivoting=True, check_finite=False)
     order = torch.from_numpy(columns).long()

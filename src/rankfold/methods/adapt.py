@@ -15,7 +15,7 @@ from ..layers.targets import candidates
 from ..statistics import Statistics
 from .calibrate import Calibration
 from .prepare import Prepared, install, prepare
-from .recipe import Recipe, Resolved, resolve
+from .recipe import Recipe, resolve
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def adapt(
         name: of the adapter; several may live in one model.
         seed: of every random choice; the global generator is not touched.
         data: batches, for initialisers and rank rules that read statistics: dicts called as `model(**batch)`
-            or tuples called as `model(*batch)`. Statistics that `collect` returned will do, and where a method
-            reads several sets, a mapping of them by name.
+            or tuples called as `model(*batch)`. Statistics that `collect` returned will do, and where a
+            method reads several sets, a mapping of them by name.
         lr: learning rate of the training to come, for initialisers that depend on it.
         loss: `loss(model, batch)`, for statistics of gradients where the model's output has no loss.
         progress: show a progress bar while statistics are collected.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import Incompatible, InvalidOption
 from ..layers import Adaptation, require
@@ -21,6 +24,9 @@ from .run import MEMORY, Run
 
 _log = logging.getLogger("rankfold")
 _HANDLE = "_rankfold_attached"  # on the optimizer
+_WRAPPERS = (
+    register_optimizer_step_post_hook.__code__.co_filename
+)  # where PyTorch wraps the steps of optimizers
 
 
 class Attached:
@@ -76,6 +82,8 @@ class Attached:
     # Around a step --------------------------------------------------------------------------------------
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_inner(optimizer):
+            return None
         if getattr(optimizer, "grad_scale", None) is not None:
             raise Incompatible(
                 "a fused optimizer divides out a gradient scaler's scale inside its own step, after the "
@@ -122,6 +130,8 @@ class Attached:
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if _is_inner(optimizer):
+            return
         run = self._running()
         run.restore_rates()
         run.state["clock"] += 1
@@ -147,6 +157,21 @@ class Attached:
                 f"the optimizer's state was left by {known['point']!r} and cannot be continued as "
                 f"{self._point!r}"
             )
+
+
+def _is_inner(optimizer: Optimizer) -> bool:
+    """Say whether the hook that asks runs in a step that another step of the same optimizer has called.
+
+    PyTorch wraps `step` once in every class, so a class that calls its parent's step runs hooks twice. It is
+    read off the stack, because a flag would stay behind when a step raises.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    steps = 0
+    while frame is not None and steps < 2:
+        if frame.f_code.co_filename == _WRAPPERS and frame.f_locals.get("self") is optimizer:
+            steps += frame.f_code.co_name == "wrapper"
+        frame = frame.f_back
+    return steps > 1
 
 
 def attach(

@@ -89,7 +89,9 @@ def allotted_ranks(
         raise InvalidRank(_too_high(over[0], asked))
     ranks: dict[str, int | None] = {u.path: asked for u in units}
     capped = {u.path: _capped(resolved.structure.name, u) for u in over}
-    notes += [RankCapped(note) for note in _grouped("rank capped to {}, all that the weight can hold", capped)]
+    notes += [
+        RankCapped(note) for note in _grouped("rank capped to {}, all that the weight can hold", capped)
+    ]
     return Allotment({**ranks, **capped}, {}, asked)
 
 
@@ -124,7 +126,9 @@ def _shared(resolved: Resolved, units: Sequence[Unit], rank: int, notes: list[Wa
         shared = rule.share(units, rank)
     else:
         shared = method.build(units, rank, **resolved.ranks_options)
-    ranks: dict[str, int | None] = {unit.path: _checked(method.name, unit, shared.get(unit.path, 0)) for unit in units}
+    ranks: dict[str, int | None] = {
+        unit.path: _checked(method.name, unit, shared.get(unit.path, 0)) for unit in units
+    }
     without = [path for path, given in ranks.items() if not given]
     if len(without) == len(units):
         raise InvalidOption(f"{method.name} gave no weight any rank; ask for a larger rank")

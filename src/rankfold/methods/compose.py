@@ -37,9 +37,7 @@ class Chosen:
         return self.method.traits[name]
 
 
-def check(
-    structure: Chosen, init: Chosen | None, ranks: Chosen | None, dynamics: Sequence[Chosen]
-) -> None:
+def check(structure: Chosen, init: Chosen | None, ranks: Chosen | None, dynamics: Sequence[Chosen]) -> None:
     """Refuse a point that makes no sense.
 
     Raises:
@@ -70,13 +68,18 @@ def _of_init(
         yield f"{structure.name} has no factors to initialise, so {init.name} has no meaning for it"
     elif "gated" in gives and "zero" in starts:
         if ranks is None or not _gated(ranks) or not ranks.method.build.opens:  # type: ignore[attr-defined]
-            yield f"{init.name} starts behind a gate that is zero, and only some dynamic rank rules train gates"
+            yield f"{init.name} starts behind a gate that is zero, and only some rank rules open gates"
     elif not set(gives) & set(starts):
         given, wanted = (" or ".join(_STARTS[g] for g in names) for names in (gives, starts))
-        yield f"{structure.name} cannot start from {init.name}: it gives {given}, and the structure needs {wanted}"
+        yield (
+            f"{structure.name} cannot start from {init.name}: it gives {given}, and the structure needs {wanted}"
+        )
     needed = init.trait("dynamics")
     if needed and needed not in [d.name for d in dynamics]:
-        yield f"{init.name} makes sense with the dynamics {needed} only: write init={init.name}/dynamics={needed}"
+        yield (
+            f"{init.name} makes sense with the dynamics {needed} only: write "
+            f"init={init.name}/dynamics={needed}"
+        )
 
 
 def _of_ranks(structure: Chosen, ranks: Chosen) -> Iterator[str]:
@@ -86,7 +89,7 @@ def _of_ranks(structure: Chosen, ranks: Chosen) -> Iterator[str]:
         yield f"{ranks.name} reads statistics of weights, and {structure.name} changes activations"
     elif _on_pairs(ranks) and not structure.trait("pairs"):
         acts = "gates" if _gated(ranks) else "changes"
-        yield f"{ranks.name} {acts} the terms of a trained product of two factors, and {structure.name} has none"
+        yield f"{ranks.name} {acts} terms of a trained product of two factors, and {structure.name} has none"
     elif ranks.trait("entries")(ranks.options) and not structure.trait("entries"):
         yield (
             f"{ranks.name} also prunes the trained leaf that meets the input, and {structure.name} has none; "
@@ -116,7 +119,7 @@ def _of_dynamics(structure: Chosen, ranks: Chosen | None, each: Chosen) -> Itera
     elif pairs and not has:
         yield f"{each.name} acts on a product of two trained factors, and {structure.name} has none"
     if each.trait("sides") and not structure.trait("sides"):
-        yield f"{each.name} tells the output side from the input side, and {structure.name} trains on one only"
+        yield f"{each.name} tells output side from input side, and {structure.name} trains on one only"
     if each.trait("moves_base") and structure.trait("activations"):
         yield f"{each.name} moves changes into stored weights, and {structure.name} changes activations"
     changed = ranks is not None and (_on_pairs(ranks) or ranks.trait("entries")(ranks.options))

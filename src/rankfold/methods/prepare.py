@@ -225,9 +225,7 @@ def _sites(
     return {path: _weight_site(path, layer, resolved, common) for path, layer in layers.items()}
 
 
-def _weight_site(
-    path: str, layer: StructuredLayer, resolved: Resolved, common: Mapping[str, Any]
-) -> Site:
+def _weight_site(path: str, layer: StructuredLayer, resolved: Resolved, common: Mapping[str, Any]) -> Site:
     stored = getattr(layer.original, "weight", None)
     dtype, device = _place_of(stored if isinstance(stored, Tensor) else layer.matrix())
     moves_base = resolved.moves_base
@@ -300,7 +298,9 @@ def _build(resolved: Resolved, site: Place, rank: int | None) -> Weight | Branch
     arguments: list[Any] = [site] if rank is None else [site, rank]
     result: Weight | Branch = resolved.structure.build(*arguments, **resolved.options)
     if not isinstance(result, Weight | Branch):
-        raise TypeError(f"{resolved.structure.name} returned {type(result).__name__}, not a Weight or a Branch")
+        raise TypeError(
+            f"{resolved.structure.name} returned {type(result).__name__}, not a Weight or a Branch"
+        )
     return result
 
 

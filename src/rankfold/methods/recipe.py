@@ -208,7 +208,7 @@ def _part(chosen: Chosen | None) -> Part | None:
 
 
 def _init_part(structure: Chosen, others: Sequence[Chosen], asked: Part | None) -> Part | None:
-    """Return the start that was asked for, else that of the rank rule's, a dynamics' or the structure's paper."""
+    """Return the start asked for, else that of the rank rule's, a dynamics' or the structure's paper."""
     if asked is not None:
         return asked
     own: list[Part] = [other.trait("init") for other in others if other.trait("init") is not None]

@@ -450,7 +450,8 @@ def find_method(query: str) -> Method:
     if len({m.axis for m in found}) > 1 and query != found[0].arxiv:
         axes = [m.axis for m in found]
         raise UnknownMethod(
-            f"{query!r} is of the axes {' and '.join(axes)}: write {' or '.join(f'{a}={query}' for a in axes)}"
+            f"{query!r} is of the axes {' and '.join(axes)}: write "
+            + " or ".join(f"{axis}={query}" for axis in axes)
         )
     return found[0]
 

@@ -115,13 +115,15 @@ class Run:
         self.seed = int(adaptation.adapter(name).record["seed"])
         self.asked_rank: int | None = adaptation.adapter(name).record.get("rank")
         self.expressions = adaptation.expressions(name)
-        self._all_pairs = [pair for path in self.expressions for pair in _pairs_of(path, self.expressions[path])]
+        self._all_pairs = [
+            pair for path in self.expressions for pair in _pairs_of(path, self.expressions[path])
+        ]
         self._scope = ""
         self._rates: list[tuple[dict[str, Any], float]] = []
 
     @property
     def pairs(self) -> list[TrainedPair]:
-        """Every trained product, in the order of the model; to a rank rule with gates, those that have one."""
+        """Every trained product, in the model's order; to a rank rule with gates, those that have one."""
         gated = [pair for pair in self._all_pairs if pair.pair.gate is not None]
         return gated if gated and self._scope.startswith("ranks=") else self._all_pairs
 

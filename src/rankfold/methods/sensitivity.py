@@ -19,38 +19,58 @@ from torch import Tensor
 from .events import gate_of
 from .run import Run, TrainedPair
 
+Moving = tuple[dict[str, Any], str, Tensor]  # what is remembered, under which name, and the new value
+
 
 def smoothed(memory: dict[str, Any], name: str, sensitivity: Tensor, beta1: float, beta2: float) -> Tensor:
     """Return the score I U of a sensitivity, remembering both averages under a name."""
-    mean, spread = (_remembered(memory, f"{name}.{what}", sensitivity) for what in ("mean", "spread"))
-    mean = beta1 * mean + (1 - beta1) * sensitivity
-    spread = beta2 * spread + (1 - beta2) * (sensitivity - mean).abs()
-    memory[f"{name}.mean"], memory[f"{name}.spread"] = mean, spread
-    return mean * spread
+    return all_smoothed([(memory, name, sensitivity)], beta1, beta2)[0]
+
+
+def all_smoothed(moving: Sequence[Moving], beta1: float, beta2: float) -> list[Tensor]:
+    """Return the scores I U of many sensitivities, which are taken together because most are small."""
+    new = [value for *_, value in moving]
+    mean, spread = ([_remembered(m, f"{n}.{what}", x) for m, n, x in moving] for what in ("mean", "spread"))
+    torch._foreach_lerp_(mean, new, 1 - beta1)
+    torch._foreach_lerp_(spread, torch._foreach_abs(torch._foreach_sub(new, mean)), 1 - beta2)
+    for (memory, name, _), average, deviation in zip(moving, mean, spread, strict=True):
+        memory[f"{name}.mean"], memory[f"{name}.spread"] = average, deviation
+    return list(torch._foreach_mul(mean, spread))
 
 
 def _remembered(memory: dict[str, Any], name: str, like: Tensor) -> Tensor:
-    value: Tensor = memory.get(name, torch.zeros_like(like))
-    return value.to(like)
+    value: Tensor | None = memory.get(name)
+    return torch.zeros_like(like) if value is None else value.to(like)
 
 
 def sensitivity(value: Tensor) -> Tensor:
     """Return |w dL/dw|, entry by entry; zeros where there is no gradient."""
-    return torch.zeros_like(value) if value.grad is None else (value * value.grad).abs()
+    return sensitivities([value])[0]
 
 
-def triplet_scores(run: Run, pair: TrainedPair, beta1: float, beta2: float) -> Tensor:
-    """Return the score of every term (r,): its gate's, and the means of its column's and its row's."""
-    memory = run.memory(pair.key)
-    parts = {"up": pair.up, "down": pair.down, "gate": gate_of(pair)}
-    scores = {name: smoothed(memory, name, sensitivity(value), beta1, beta2) for name, value in parts.items()}
-    return scores["gate"] + scores["up"].mean(0) + scores["down"].mean(1)
+def sensitivities(values: Sequence[Tensor]) -> list[Tensor]:
+    """Return |w dL/dw| of many tensors."""
+    gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in values]
+    return list(torch._foreach_abs(torch._foreach_mul([v.detach() for v in values], gradients)))
 
 
 def remember_scores(run: Run, pairs: Sequence[TrainedPair], beta1: float, beta2: float) -> None:
-    """Remember the score of every term of all products under "score"."""
-    for pair in pairs:
-        run.memory(pair.key)["score"] = triplet_scores(run, pair, beta1, beta2)
+    """Remember under "score" the score of every term of all products, (r,) each.
+
+    It is its gate's, and the means of its column's and its row's.
+    """
+    if not pairs:
+        return
+    parts = [
+        (run.memory(pair.key), name, value)
+        for pair in pairs
+        for name, value in (("up", pair.up), ("down", pair.down), ("gate", gate_of(pair)))
+    ]
+    new = sensitivities([value for *_, value in parts])
+    moving = [(memory, name, value) for (memory, name, _), value in zip(parts, new, strict=True)]
+    scores = iter(all_smoothed(moving, beta1, beta2))
+    for pair, up, down, gate in zip(pairs, scores, scores, scores, strict=True):
+        run.memory(pair.key)["score"] = gate + up.mean(0) + down.mean(1)
 
 
 def scores_of(run: Run, pairs: Sequence[TrainedPair]) -> list[Tensor]:
@@ -66,15 +86,18 @@ def add_orthogonality(pairs: Sequence[TrainedPair], weight: float) -> None:
     """
     if not weight:
         return
+    share = weight / (2 * len(pairs))
     for pair in pairs:
-        add_slope(pair.up, weight / (2 * len(pairs)) * _orthogonality_slope(pair.up))
-        add_slope(pair.down, weight / (2 * len(pairs)) * _orthogonality_slope(pair.down.T).T)
+        up, down = pair.up.detach(), pair.down.detach()
+        add_slope(pair.up, up @ _normed_error(up.T @ up, share))
+        add_slope(pair.down, _normed_error(down @ down.T, share) @ down)
 
 
-def _orthogonality_slope(columns: Tensor) -> Tensor:
-    error = columns.T @ columns - torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)
-    norm = torch.linalg.matrix_norm(error)
-    return torch.zeros_like(columns) if norm == 0 else (2 / norm) * (columns @ error)
+def _normed_error(gram: Tensor, weight: float) -> Tensor:
+    """Return 2 weight E / ||E||_F for E = gram - I, zeros for E = 0; a device is never asked which."""
+    gram.diagonal().sub_(1)
+    norm = torch.linalg.matrix_norm(gram)
+    return gram.mul_(torch.where(norm == 0, 0, 2 * weight / norm))
 
 
 def add_slope(parameter: Tensor, slope: Tensor) -> None:

@@ -298,9 +298,11 @@ class SquaredGradient(_Squared):
         """Return the shapes of the sums."""
         return {"sum": (out, columns), "count": ()}
 
-    def pooled(self, squares: Tensor) -> Tensor:
-        """Return all of them."""
-        return squares
+    def update(self, seen: Seen) -> None:
+        """Add the squared gradient of one batch, without another matrix of its size."""
+        gradient = seen.gradient.to(at_least_float32(seen.gradient))
+        self.sum_like("sum", gradient).addcmul_(gradient, gradient, value=seen.count)
+        self.add("count", number(seen.count))
 
 
 @reducer("squared_gradient_rows")

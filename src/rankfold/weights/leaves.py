@@ -50,8 +50,8 @@ class Dense(Leaf):
         """Hold a tensor of another shape from now on; a trained one stays the same Parameter."""
         value = value.to(self.value.device, self.value.dtype).contiguous()
         self.value.grad = None
-        # A graph that is still held, such as that of the last loss, keeps the node that accumulates gradients of
-        # the old shape, and the next graph would use it too. A change of dtype makes PyTorch let go of it.
+        # A graph that is still held, such as that of the last loss, keeps the node that accumulates gradients
+        # of the old shape, and the next graph would use it too. A change of dtype makes PyTorch let go of it.
         other = torch.float16 if value.dtype != torch.float16 else torch.float32
         self.value.data = torch.empty(0, dtype=other, device=value.device)
         self.value.data = value
@@ -397,7 +397,7 @@ def adopt_ranks(expression: Weight, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _adopt_starts(expression: Weight, tensors: Mapping[str, Tensor]) -> None:
-    """Let starts that are subtracted from the base take their ranks, which the product may have left behind."""
+    """Let starts that are subtracted take their ranks, which the product may have left behind."""
     for leaf in expression.leaves():
         value = tensors.get(leaf.name)
         if not isinstance(leaf, Dense) or not leaf.name.endswith(".start") or value is None:
