@@ -72,7 +72,8 @@ def _of_init(
     elif not set(gives) & set(starts):
         given, wanted = (" or ".join(_STARTS[g] for g in names) for names in (gives, starts))
         yield (
-            f"{structure.name} cannot start from {init.name}: it gives {given}, and the structure needs {wanted}"
+            f"{structure.name} cannot start from {init.name}: it gives {given}, and the structure needs "
+            f"{wanted}"
         )
     needed = init.trait("dynamics")
     if needed and needed not in [d.name for d in dynamics]:
