@@ -71,6 +71,11 @@ class MiniLM:
         shared = self.model.get_submodule("bert.embeddings").parameters()
         return copy.deepcopy(self.model, {id(p): p for p in shared})
 
+    def weights(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return the weights of the encoder's linear layers."""
+        named = dict(model.named_parameters())
+        return [named[f"{name}.weight"] for name in self.linears]
+
     def batches(self, count: int, rows: int, tokens: int) -> list[Batch]:
         """Return batches (rows, tokens), padded and cut."""
         texts = docstrings()

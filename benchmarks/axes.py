@@ -6,6 +6,7 @@ Every figure is a ratio to peft doing the same, or, where peft has no such metho
 """
 
 import argparse
+import gc
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -100,23 +101,17 @@ class Bench:
 
     def calibrated(self) -> list[Case]:
         few, started = self.few, self.started
+        once = partial(self.peft_eva, -2.0)  # all directions agree, so that peft is done after two batches
         rows = [_row(batch, i) for batch in few for i in range(self.scale.rows)]
         return [
-            Case("eva", "peft", started("eva", few[:2]), lambda: self.peft_eva(0.0)),
-            Case(
-                "eva, randomised", "peft", started("eva", few[:2], iterations=4), lambda: self.peft_eva(0.0)
-            ),
+            Case("eva", "peft", started("eva", few[:2]), once),
+            Case("eva, randomised", "peft", started("eva", few[:2], iterations=4), once),
             Case("eva, peft until it agrees", "peft", started("eva", few), lambda: self.peft_eva(0.99)),
             Case("lora-ga", "peft", started("lora-ga", few), self.peft_ga),
             Case("lora-ga, randomised", "peft", started("lora-ga", few, iterations=4), self.peft_ga),
             Case("pissa", "peft", started("pissa", None), self.peft_pissa),
-            *(
-                # without declaring it, peft imports attrs there
-                [Case("corda", "peft", started("corda", rows), lambda: self.peft_corda(rows))]
-                if find_spec("attr")
-                else []
-            ),
-        ]
+            Case("corda", "peft", started("corda", rows), lambda: self.peft_corda(rows)),
+        ][: None if find_spec("attr") else -1]  # peft's corda imports attrs, which it does not depend on
 
     def gradients(self) -> list[Case]:
         names = ("gradient", "squared_gradient", "squared_gradient_rows")
@@ -124,7 +119,12 @@ class Bench:
 
     def started(self, init: str, data: list[Batch] | None, **options: Any) -> Callable[[], Step]:
         recipe = rf.Recipe("lora", init=(init, options))
-        given = {"rank": self.scale.rank, "targets": self.base.linears, "data": data, "progress": False}
+        given: dict[str, Any] = {
+            "rank": self.scale.rank,
+            "targets": self.base.linears,
+            "data": data,
+            "progress": False,
+        }
         return lambda: lambda: rf.adapt(self.base.fresh(), recipe, **given)
 
     def collected(self, statistic: str) -> Step:
@@ -133,7 +133,7 @@ class Bench:
 
     def full_gradients(self) -> Step:
         model = self.base.fresh()
-        weights = [model.get_submodule(name).weight.requires_grad_(True) for name in self.base.linears]
+        weights = [w.requires_grad_(True) for w in self.base.weights(model)]
 
         def step() -> None:
             for batch in self.few:
@@ -150,14 +150,15 @@ class Bench:
         return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(self.base.linears), **options)
 
     def peft_eva(self, tolerance: float) -> Step:
-        """Return peft's start, which repeats the batches until directions agree; with 0 that is after two."""
+        """Return peft's start, which repeats the batches until directions agree, signs included."""
         import peft
 
-        eva = peft.EvaConfig(rho=1.0, tau=tolerance, use_label_mask=False)
+        eva = peft.EvaConfig(rho=1.0, use_label_mask=False)
+        eva.tau = tolerance  # set here, because the constructor takes none that all pairs of directions meet
         config = self.config(init_lora_weights="eva", eva_config=eva)
 
         def step() -> None:
-            model = peft.get_peft_model(self.base.fresh(), config)  # type: ignore[arg-type]
+            model = peft.get_peft_model(self.base.fresh(), config)
             peft.initialize_lora_eva_weights(model, self.few, show_progress_bar=False)
 
         return step
@@ -176,7 +177,7 @@ class Bench:
                     model(**batch).loss.backward()
 
             preprocess_loraga(model, config, run)
-            peft.get_peft_model(model, config)  # type: ignore[arg-type]
+            peft.get_peft_model(model, config)
 
         return step
 
@@ -196,7 +197,7 @@ class Bench:
                     model(**row)
 
             preprocess_corda(model, config, run)
-            peft.get_peft_model(model, config)  # type: ignore[arg-type]
+            peft.get_peft_model(model, config)
 
         return step
 
@@ -204,7 +205,7 @@ class Bench:
         import peft
 
         config = self.config(init_lora_weights="pissa")
-        return lambda: peft.get_peft_model(self.base.fresh(), config)  # type: ignore[arg-type]
+        return lambda: peft.get_peft_model(self.base.fresh(), config)
 
     # Training steps -----------------------------------------------------------------------------------------
 
@@ -256,7 +257,7 @@ class Bench:
         import peft
 
         config.modules_to_save = ["classifier"]
-        return peft.get_peft_model(self.base.fresh(), config).train()  # type: ignore[arg-type]
+        return peft.get_peft_model(self.base.fresh(), config).train()
 
     def peft_adalora(self) -> Step:
         import peft
@@ -281,16 +282,20 @@ class Bench:
     # Memory -------------------------------------------------------------------------------------------------
 
     def peaks(self) -> dict[str, Ratio]:
-        """Return the ratios of peaks of allocated memory."""
+        """Return the ratios of peaks of allocated memory, the copy of the weights left out."""
+        copied = sum(weight.nbytes for weight in self.base.weights(self.base.model))
+        cases = [(case, copied) for case in self.calibrated()] + [(case, 0) for case in self.gradients()]
         return {
-            case.name: of_bytes(case.against, peak_bytes(case.ours()), peak_bytes(case.floor()))
-            for case in (*self.calibrated(), *self.gradients())
+            case.name: of_bytes(
+                case.against, *(peak_bytes(make()) - less for make in (case.ours, case.floor))
+            )
+            for case, less in cases
         }
 
     def gradients_alive(self) -> Ratio:
         """Return the most bytes of gradients that are alive at once, over those of the largest weight."""
         model = self.base.fresh()
-        weights = [model.get_submodule(name).weight for name in self.base.linears]
+        weights = self.base.weights(model)
         alive: list[int] = []
 
         def arrived(parameter: Tensor) -> None:
@@ -305,7 +310,7 @@ class Bench:
     def states(self) -> dict[str, Ratio]:
         """Return the bytes of optimizer states over those of AdamW on the weights themselves."""
         model = self.base.fresh()
-        weights = [model.get_submodule(name).weight.requires_grad_(True) for name in self.base.linears]
+        weights = [w.requires_grad_(True) for w in self.base.weights(model)]
         full = torch.optim.AdamW(weights, lr=RATE)
         self.training(model, full, lambda: None)()
         of_full = state_bytes(full)
@@ -336,10 +341,11 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 def peak_bytes(step: Step) -> int:
     """Return the most bytes of tensors that a step has allocated at once, above those there were before."""
     step()
+    gc.collect()  # what goes during the step would be taken for memory that it gave back
     kinds = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:
         step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
     return max(held, default=0)
 
@@ -389,7 +395,7 @@ PARTS = ("start", "step", "memory")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; all by default")
-    parser.add_argument("--cases", default="", help="comma-separated; all by default")
+    parser.add_argument("--cases", default="", help="of starts and steps, comma-separated; all by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--quick", action="store_true", help="one small layer, once, to see that all runs")

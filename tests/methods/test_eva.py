@@ -125,7 +125,7 @@ def test_a_randomised_decomposition_is_close_to_the_exact_one() -> None:
 def test_a_convolution_sees_its_windows() -> None:
     x = normal(3, 4, 6, 5)
     windows = torch.nn.functional.unfold(x, (3, 2)).transpose(1, 2)
-    model = start(model=convolution(), data=[x])
+    model = start(model=convolution(), data=[x], iterations=None)
     assert torch.equal(model(x), convolution()(x))
     down = leaves_of(model)["down"].flatten(1)
     assert_same_rows(down, centred([windows])[1][:3])

@@ -56,8 +56,8 @@ def test_every_structure_is_a_point_of_its_own() -> None:
     ("text", "sentence"),
     [("lroa", "no method is called 'lroa'; did you mean lora"),
      ("dora/pisa", "no method is called 'pisa'; did you mean pissa"),
-     ("xyz", "no method is called 'xyz'"), ("", "no method is called ''"),
-     ("dora/", "no method is called ''"),
+     ("xyz", "no method is called 'xyz'"), ("", "a part of the point '' is empty"),
+     ("dora/", "a part of the point 'dora/' is empty"),
      ("intit=pissa", "'intit' in 'intit=pissa' is no axis of a point; did you mean init"),
      ("init=dora", "no init is called 'dora'; 'dora' is of the axis structure")],
 )  # fmt: skip

@@ -70,5 +70,5 @@ def _fail(message: str, code: int) -> int:
 def _quieten() -> None:
     """Silence remarks of libraries on what they lack; show warnings as plain sentences."""
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "datasets.packaged_modules"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

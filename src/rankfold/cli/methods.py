@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import rankfold as rf
@@ -14,7 +15,7 @@ from rankfold.methods import space
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(help="A method's name or arXiv id.", show_default=False)
+        str | None, typer.Argument(help="A name, axis=name or arXiv id.", show_default=False)
     ] = None,
     axis: Annotated[
         str | None, typer.Option(help="structure, init, ranks, dynamics, ...", show_default=False)
@@ -25,6 +26,10 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
     """List the methods, or show one: formula, paper, options."""
+    if axis is not None:
+        _of_axis(rf.methods(), axis)
+    if name is not None and axis is not None and "=" not in name:
+        name = f"{axis}={name}"
     if compose:
         _compose(name, axis, as_json)
         return
@@ -45,9 +50,8 @@ def _compose(name: str | None, axis: str | None, as_json: bool) -> None:
         return
     found = [v for v in space.pairs() if axis in (None, v.first.axis, v.second.axis)]
     if name is not None:
-        rf.find_method(name)
-        wanted = name.rpartition("=")[2]
-        found = [v for v in found if wanted in (v.first.name, v.second.name)]
+        wanted = rf.find_method(name)
+        found = [v for v in space.pairs() if wanted in (v.first, v.second)]
     if as_json:
         typer.echo(_json([verdict.to_dict() for verdict in found]))
     else:
@@ -64,7 +68,8 @@ def _of_axis(found: list[Any], axis: str | None) -> list[Any]:
 def _table(found: list[Any]) -> Table:
     table = Table("method", "axis", "year", "formula", "title", box=None, pad_edge=False)
     for method in found:
-        table.add_row(method.name, method.axis, str(method.year), method.formula, method.title)
+        row = (method.name, method.axis, str(method.year), method.formula, method.title)
+        table.add_row(*map(escape, row))
     return table
 
 

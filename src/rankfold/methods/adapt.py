@@ -101,7 +101,8 @@ def adapt(
         train: modules to train whole beside the adapter.
         uncalled: "error" raises in the first forward that leaves a targeted layer uncalled, naming it;
             "allow" does not (for experts that are not always used).
-        options: of the structure, such as `alpha=32`.
+        options: of the structure, such as `alpha=32`; those of other parts are given by a recipe, such as
+            `Recipe("lora", init=("lora-ga", {"gamma": 64}))`.
 
     Returns:
         The model.

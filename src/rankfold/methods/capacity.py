@@ -105,7 +105,7 @@ def units_of(resolved: Resolved, sites: Mapping[str, Place]) -> list[Unit]:
             shape=site.shape if isinstance(site, Site) else (0, 0),
             depth=names.index(blocks[path]),
             blocks=len(names),
-            limit=_limit(traits, site),
+            limit=_limit(resolved, site),
             multiple=multiple,
             site=site,
         )
@@ -163,10 +163,12 @@ def _grouped(sentence: str, found: Mapping[str, int]) -> list[str]:
     return [f"{', '.join(paths)}: {sentence.format(value)}" for value, paths in groups.items()]
 
 
-def _limit(traits: Mapping[str, Any], site: Place) -> int | None:
-    if traits["limit"] is None or not isinstance(site, Site):
+def _limit(resolved: Resolved, site: Place) -> int | None:
+    """Return the most that structure and initialiser can hold, or None where neither has a limit."""
+    if not isinstance(site, Site):
         return None
-    return int(traits["limit"](site.shape))
+    traits = [resolved.structure.traits, *([resolved.init.traits] if resolved.init else [])]
+    return min((int(t["limit"](site.shape)) for t in traits if t["limit"] is not None), default=None)
 
 
 def _too_high(unit: Unit, rank: int) -> str:

@@ -87,6 +87,8 @@ def parse_point(text: str) -> Recipe:
     chosen: dict[str, str] = {}
     dynamics: list[str] = []
     for word in text.split("/"):
+        if not word.strip():
+            raise UnknownMethod(f"a part of the point {text!r} is empty; write names between the slashes")
         axis, name = _axis_of(word.strip(), chosen)
         if axis == "dynamics":
             dynamics.append(name)
@@ -107,7 +109,8 @@ def _axis_of(word: str, chosen: Mapping[str, str]) -> tuple[str, str]:
     four = ("structure", "init", "ranks", "dynamics")
     if axis:
         if axis not in four:
-            raise UnknownMethod(f"{axis!r} in {word!r} is no axis of a point{near_names(axis, four)}")
+            listed = near_names(axis, four) or f"; its axes are {', '.join(four)}"
+            raise UnknownMethod(f"{axis!r} in {word!r} is no axis of a point{listed}")
         registry.get(axis, name)
         return axis, name
     axes = [a for a in registry.axes_of(name) if a in four]

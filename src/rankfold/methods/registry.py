@@ -129,9 +129,9 @@ class Method:
         kinds = _annotated_kinds(self.build, key)
         if value is None and NoneType in kinds:
             return
-        wanted = next((phrase for kind, phrase, fits in _KINDS if kind in kinds and not fits(value)), None)
-        if wanted is not None:
-            raise InvalidOption(f"{self.name}: {key} must be {wanted}, not {value!r}")
+        asked = [(phrase, fits(value)) for kind, phrase, fits in _KINDS if kind in kinds]
+        if asked and not any(fits for _, fits in asked):
+            raise InvalidOption(f"{self.name}: {key} must be {asked[0][0]}, not {value!r}")
 
 
 def _annotated_kinds(build: Callable[..., Any], key: str) -> tuple[Any, ...]:
@@ -139,7 +139,8 @@ def _annotated_kinds(build: Callable[..., Any], key: str) -> tuple[Any, ...]:
         hint = get_type_hints(build).get(key, Any)
     except NameError:  # a name that is imported for type checkers only
         return ()
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return tuple(get_origin(kind) or kind for kind in kinds)
 
 
 def _is_number(value: Any) -> bool:
@@ -152,6 +153,9 @@ _KINDS: tuple[tuple[type, str, Callable[[Any], bool]], ...] = (
     (float, "a number", _is_number),
     (int, "a whole number", lambda value: _is_number(value) and isinstance(value, int)),
     (str, "a text", lambda value: isinstance(value, str)),
+    (Mapping, "a mapping", lambda value: isinstance(value, Mapping)),
+    (tuple, "a list", lambda value: isinstance(value, list | tuple)),
+    (Sequence, "a list", lambda value: isinstance(value, Sequence) and not isinstance(value, str)),
 )
 
 
@@ -268,6 +272,7 @@ def init(
     gives: str | Sequence[str],
     needs: Needs = (),
     rate: bool = False,
+    limit: Callable[[Shape], int] | None = None,
     structure: str = "lora",
     dynamics: str | None = None,
     example: Mapping[str, Any] | None = None,
@@ -284,6 +289,7 @@ def init(
         needs: the statistics that it reads, as `collect` takes them, or `needs(options, rank)` that returns
             them for the largest rank; a name may carry the data set that it is read from, "gradient@forget".
         rate: it depends on the learning rate.
+        limit: largest rank that it can start for a shape (out, in); None leaves that to the structure.
         structure: the structure that is meant where a point names the initialiser alone.
         dynamics: the dynamics that it cannot do without.
         example: options without which it cannot be used, for tests and documentation.
@@ -291,8 +297,8 @@ def init(
     """
     given = (gives,) if isinstance(gives, str) else tuple(gives)
     traits = {
-        "gives": given, "needs": needs, "rate": rate, "structure": structure, "dynamics": dynamics,
-        "example": dict(example or {}),
+        "gives": given, "needs": needs, "rate": rate, "limit": limit, "structure": structure,
+        "dynamics": dynamics, "example": dict(example or {}),
     }  # fmt: skip
     return register("init", name, **about, traits=traits)
 

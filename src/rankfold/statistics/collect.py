@@ -39,7 +39,8 @@ def collect(
 ) -> Statistics:
     """Collect statistics of many weights in one pass over batches.
 
-    This is the parallel mode: all weights are seen in the unchanged model. `sequentially` is the other one.
+    This is the parallel mode: all weights are seen in the unchanged model. In the other one,
+    `rankfold.statistics.sequentially`, every weight is seen behind those that were changed before it.
 
     The model runs in evaluation mode; modes, flags, gradients and hooks are as before afterwards. For
     statistics of inputs the first batch runs once more, to find out which weights share one. Gradients are

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
 
 from rankfold.errors import MissingDependency
 from rankfold.layers import adaptation_of
@@ -12,13 +15,21 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback as Base
 
 
-def TrainerCallback(**given: Any) -> Base:  # noqa: N802  # stands where the library's class of that name would
+def TrainerCallback(  # noqa: N802  # stands where the library's class of that name would
+    *, validation: Iterable[Any] | None = None, loss: Callable[[nn.Module, Any], Tensor] | None = None
+) -> Base:
     """Return a callback that attaches the adapter's dynamics to a Trainer's optimizer while it trains.
 
-    What the dynamics remember is in the optimizer's state, so the Trainer's checkpoints resume them.
+    What the dynamics remember is in the optimizer's state, so the Trainer's checkpoints resume them. Dynamics
+    that set learning rates by side, and gates under weight decay, need parameter groups of their own, so give
+    the Trainer an optimizer that is made from them:
+
+        optimizer = torch.optim.AdamW(rf.param_groups(model, lr=1e-3))
+        Trainer(model, ..., callbacks=[rf.TrainerCallback()], optimizers=(optimizer, None))
 
     Args:
-        given: `validation` and `loss`, as `attach` takes them; steps and scheduler are the Trainer's.
+        validation: batches, for dynamics that need them.
+        loss: `loss(model, batch)`, for dynamics that need it. Steps and scheduler are the Trainer's.
 
     Raises:
         MissingDependency: transformers is not installed.
@@ -54,7 +65,12 @@ def TrainerCallback(**given: Any) -> Base:  # noqa: N802  # stands where the lib
             adapted = next(m for m in model.modules() if adaptation_of(m) is not None)
             scheduler = kwargs.get("lr_scheduler")
             self.handle = attach(
-                adapted, optimizer, total_steps=state.max_steps, scheduler=scheduler, **given
+                adapted,
+                optimizer,
+                total_steps=state.max_steps,
+                scheduler=scheduler,
+                validation=validation,
+                loss=loss,
             )
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -50,7 +50,7 @@ def recipe(method: str, options: dict[str, Any]) -> rf.Recipe:
         axis, _, option = key.partition(".")
         if axis not in AXES:
             raise InvalidOption(f"{axis!r} in {key!r} is no axis; the axes are {', '.join(AXES)}")
-        part = getattr(chosen, axis)
+        part = getattr(chosen, axis) or (resolve(chosen, {}).recipe.init if axis == "init" else None)
         if not part:
             raise InvalidOption(f"{key} needs a method on that axis: write {method}/NAME, or leave it out")
         if axis == "dynamics":
@@ -65,7 +65,10 @@ def recipe(method: str, options: dict[str, Any]) -> rf.Recipe:
 def _with_option(parts: Sequence[Any], option: str, value: Any) -> tuple[Any, ...]:
     """Give an option to the one dynamics that has it."""
     names = [split_part(part)[0] for part in parts]
-    having = [name for name in names if option in get("dynamics", name).options] or names[:1]
+    having = [name for name in names if option in get("dynamics", name).options]
+    if not having:
+        known = [f"{name}: {', '.join(get('dynamics', name).options) or 'none'}" for name in names]
+        raise InvalidOption(f"no option of the dynamics is called {option!r}; there are {'; '.join(known)}")
     if len(having) > 1:
         raise InvalidOption(f"{' and '.join(having)} both have an option {option!r}; use rankfold.Recipe")
     return tuple(

@@ -2,10 +2,11 @@
 
     X - mean(X) = U S V^T,   A0 = V_r^T,   B0 = 0,   W = W0 + s B A
 
-Paischer et al. 2024. X (tokens, in) are the inputs of the weight, decomposed batch by batch (`input_pca`); A0
-(r, in) has orthonormal rows, the leading directions of the centred inputs, which explain the most variance.
-`whiten` divides row j by S_j^(1/2), as the paper advises for images. Weights that share an input share the
-decomposition. The paper also shares out ranks by explained variance (ranks=eva). Start: the base, exactly.
+Paischer et al. 2024. X (tokens, in) are the inputs of the weight, decomposed batch by batch (`input_pca`), by
+default at random with 4 power iterations as in the official code. A0 (r, in) has orthonormal rows, the
+leading directions of the centred inputs, which explain the most variance. `whiten` divides row j by
+S_j^(1/2), as the paper advises for images. Weights that share an input share the decomposition. The paper
+also shares out ranks by explained variance (ranks=eva). Start: the base, exactly.
 
 A block of a weight (gralora) sees a part of the inputs, whose directions are those of S V^T cut to its
 columns. Directions that no input has reached are filled up at random, orthogonal to the others and of length
@@ -38,7 +39,7 @@ from ..site import Factors, Site
     formula="X - mean(X) = U S V^T, A0 = V_r^T, B0 = 0, W = W0 + s B A",
 )
 def eva(
-    site: Site, rank: int, scaling: float, *, whiten: bool = False, iterations: int | None = None
+    site: Site, rank: int, scaling: float, *, whiten: bool = False, iterations: int | None = 4
 ) -> Factors:
     """Return a zero product whose down factor holds the leading directions of the inputs.
 

@@ -32,6 +32,7 @@ SCALES = ("stable", "unit", "gd", "weightS")
     "lora-ga",
     gives="residual",
     needs=("gradient",),
+    limit=lambda shape: min(shape) // 2,
     title="LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
     year=2024,
     arxiv="2407.05000",

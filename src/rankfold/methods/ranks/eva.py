@@ -48,9 +48,7 @@ def components(options: Mapping[str, Any], rank: int) -> list[Need]:
     code="ml-jku/EVA",
     formula="r_i = how many of the n r largest explained variance ratios are weight i's",
 )
-def eva(
-    units: Sequence[Unit], rank: int, *, rho: float = 2.0, iterations: int | None = None
-) -> dict[str, int]:
+def eva(units: Sequence[Unit], rank: int, *, rho: float = 2.0, iterations: int | None = 4) -> dict[str, int]:
     """Share ranks out by explained variance.
 
     Args:

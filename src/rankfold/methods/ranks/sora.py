@@ -102,8 +102,9 @@ class SoRA(DynamicRanks):
     def gradients_ready(self, run: Run) -> None:
         """Add the smooth term's gradient, l1 sign(g) / number of gates."""
         pairs = run.pairs
+        count = total_rank(pairs)
         for pair in pairs:
-            add_slope(gate_of(pair), self.penalty / total_rank(pairs) * gate_of(pair).sign())
+            add_slope(gate_of(pair), self.penalty / count * gate_of(pair).sign())
 
     def stepped(self, run: Run) -> None:
         """Take the proximal step."""
