@@ -2,6 +2,7 @@
 
 from .composites import Composite, Dropped, Scaled
 from .gates import Gated, Gates
+from .kernelwise import Polyadic, Viewed
 from .leaves import (
     Base,
     Dense,
@@ -18,7 +19,9 @@ from .leaves import (
 )
 from .normalized import ColumnNormalized, Normalized, row_norms
 from .op import LINEAR, Convolution, Op
+from .orthogonal import Cayley, Identity, Shifted
 from .products import Hadamard, Modulated, Product
+from .rectified import Affine, Rectified
 from .structured import (
     BlockDiagonal,
     Diagonal,
@@ -36,8 +39,10 @@ from .weight import Count, Leaf, Pair, Transposed, Weight
 
 __all__ = [
     "LINEAR",
+    "Affine",
     "Base",
     "BlockDiagonal",
+    "Cayley",
     "ColumnNormalized",
     "Composite",
     "Convolution",
@@ -50,6 +55,7 @@ __all__ = [
     "Gates",
     "Grid",
     "Hadamard",
+    "Identity",
     "Kronecker",
     "Leaf",
     "Masked",
@@ -60,18 +66,22 @@ __all__ = [
     "Op",
     "Pair",
     "Permutation",
+    "Polyadic",
     "Pooled",
     "Product",
+    "Rectified",
     "Reflections",
     "Scaled",
     "Seeded",
     "Select",
+    "Shifted",
     "Sparse",
     "Split",
     "Sum",
     "TensorTrain",
     "Transposed",
     "Tucker",
+    "Viewed",
     "Weight",
     "adopt_ranks",
     "frozen",

@@ -151,11 +151,17 @@ class Scaled(Weight):
 
 
 class Dropped(Weight):
-    """An expression whose own input passes through dropout while training; the rest of a sum sees all."""
+    """An expression whose own input passes through dropout while training; the rest of a sum sees all.
 
-    def __init__(self, inner: Weight, probability: float) -> None:
+    Args:
+        inner: the expression.
+        probability: of dropping an entry, in [0, 1].
+        together: drop the same channels for all tokens of a call.
+    """
+
+    def __init__(self, inner: Weight, probability: float, *, together: bool = False) -> None:
         super().__init__(inner.shape)
-        self.inner, self.probability = inner, probability
+        self.inner, self.probability, self.together = inner, probability, together
 
     @property
     def active(self) -> bool:
@@ -172,8 +178,14 @@ class Dropped(Weight):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Drop entries of the input, then apply."""
-        y: Tensor = self.inner(F.dropout(x, self.probability, self.training), bias, op)
+        y: Tensor = self.inner(self._thinned(x, op), bias, op)
         return y
+
+    def _thinned(self, x: Tensor, op: Op) -> Tensor:
+        if not self.together:
+            return F.dropout(x, self.probability, self.training)
+        channels = x.shape[-1] if op is LINEAR else x.shape[1]
+        return op.scale(x, F.dropout(x.new_ones(channels), self.probability, self.training))
 
     map = forward
 

@@ -249,12 +249,15 @@ class Pooled(Leaf):
 
         value = pool[:rows, :columns]            or            value = pool[index] * coefficient
 
+    Where the pool has rows, whole rows are gathered and laid one after another.
+
     Args:
         owner: the root model, which registers the pool as a parameter or a buffer.
         key: attribute name of the pool on the owner.
         name: the method's own name for it.
         shape: shape of the tensor read out; a slice starts at zero in every dimension.
-        index: positions in a one-dimensional pool, of the given shape; None takes the leading slice.
+        index: positions in a one-dimensional pool, of the given shape, or rows (..., k) of a pool (n, m) for
+            a shape (..., k m); None takes the leading slice.
         coefficient: multiplies the gathered numbers, of the given shape; None means 1.
     """
 
@@ -294,7 +297,7 @@ class Pooled(Leaf):
         """Return the slice or the gather."""
         if self.index is None:
             return self.pool()[tuple(slice(n) for n in self.shape)]
-        gathered = self.pool()[self.index]
+        gathered = self.pool()[self.index].reshape(self.shape)
         return gathered if self.coefficient is None else gathered * self.coefficient
 
 
@@ -358,13 +361,16 @@ class Mixture(Leaf):
 
 
 class Masked(Leaf):
-    """A tensor of which only the entries under a fixed mask count: `value = leaf * mask`."""
+    """A tensor of which only the entries under a fixed mask count: `value = leaf * mask`.
+
+    Where the mask is several times as large as the leaf, the leaf is repeated under it.
+    """
 
     stored = False
     mask: Tensor
 
     def __init__(self, inner: Leaf, mask: Tensor, name: str) -> None:
-        super().__init__(name, inner.shape)
+        super().__init__(name, tuple(mask.shape))
         self.inner = inner
         self.register_buffer("mask", mask, persistent=False)
 
@@ -375,7 +381,9 @@ class Masked(Leaf):
 
     def source(self) -> Tensor:
         """Return the masked tensor."""
-        return self.inner.tensor() * self.mask
+        value = self.inner.tensor()
+        times = [whole // part for whole, part in zip(self.mask.shape, value.shape, strict=True)]
+        return (value if max(times, default=1) == 1 else value.repeat(times)) * self.mask
 
 
 def adopt_ranks(expression: Weight, tensors: Mapping[str, Tensor]) -> None:

@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .composites import Composite, Factors, cast_pair
+from .composites import Composite, Dropped, Factors, cast_pair
 from .kernels import modulated_linear, scaled_matrix
 from .leaves import Base, Dense, Foreign
 from .op import LINEAR, Op
-from .structured import Diagonal, Reflections
+from .structured import Diagonal, Kronecker, Reflections
 from .sums import Split, added, wider
 from .weight import Leaf, Pair, Weight, tick
 
@@ -70,7 +70,12 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
         rank = self.rank()
         if rank >= min(self.shape) and not all(isinstance(f, Leaf | Diagonal) for f in factors):
             return None
-        return None if any(isinstance(f, Base) for f in factors) else rank
+        # A Kronecker factor is worth more apart, and noise between factors is lost in their product.
+        apart = any(isinstance(f, Base | Kronecker) for f in factors) or self._noisy()
+        return None if apart else rank
+
+    def _noisy(self) -> bool:
+        return any(isinstance(f, Dropped) and f.active for f in self.factors)
 
     def reflected(self) -> Split | None:
         """Return `W + up @ down` for a stored weight times reflections, W (I - V T V^T) = W - (W V T) V^T."""
@@ -104,6 +109,8 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
         return pair, None if pair is not None else self.reflected()
 
     def _denser(self, tokens: int) -> bool:
+        if self._noisy():
+            return False
         training = 3 if torch.is_grad_enabled() else 1
         return training * self.dense_macs() + tokens * math.prod(self.shape) < self.macs(tokens)
 
@@ -116,7 +123,7 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
 
     def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
         """Yield the pair of a product `up @ down` or `up @ diag(gate) @ down` of trained leaves."""
-        ends = [self.factors[0], self.factors[-1]]
+        ends = self._ends()
         middle = list(self.factors)[1:-1]
         if len(middle) > 1 or not all(isinstance(end, Dense) and end.trainable for end in ends):
             return
@@ -125,6 +132,10 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
             yield Pair(ends[0], ends[1], scale, None, self)  # type: ignore[arg-type]
         elif isinstance(gate, Diagonal):
             yield Pair(ends[0], ends[1], scale, gate.vector, self)  # type: ignore[arg-type]
+
+    def _ends(self) -> list[Weight]:
+        ends = (self.factors[0], self.factors[-1])
+        return [end.inner if isinstance(end, Dropped) else end for end in ends]
 
     def sides(self) -> Iterator[tuple[Leaf, str]]:
         """Yield the trained leaves of the first and the last factor that have any, unless they are one."""
@@ -154,10 +165,11 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
 
     def resize(self, up: Tensor, down: Tensor, gate: Tensor | None = None) -> None:
         """Let the two trained factors, and the gate between them, hold values of another rank."""
-        ends = (self.factors[0], self.factors[-1])
+        ends = self._ends()
         assert all(isinstance(end, Dense) for end in ends)
-        for end, value in zip(ends, (up, down), strict=True):
+        for factor, end, value in zip((self.factors[0], self.factors[-1]), ends, (up, down), strict=True):
             end.resize(value)  # type: ignore[operator]
+            factor.shape = tuple(value.shape)
         if gate is not None:
             middle = self.factors[1]
             middle.vector.resize(gate)  # type: ignore[operator]

@@ -76,8 +76,8 @@ class BlockDiagonal(Weight):
         return y.flatten(-2)[..., : self.shape[0]]
 
     def macs(self, tokens: int) -> int:
-        """Return tokens * numbers in the blocks."""
-        return tokens * math.prod(self.blocks.shape)
+        """Return tokens * numbers in the blocks, and making the blocks."""
+        return tokens * math.prod(self.blocks.shape) + self.blocks.dense_macs()
 
     def formula(self) -> str:
         """Return blockdiag(D) with its shape."""
@@ -477,8 +477,18 @@ class TensorTrain(Weight):
         return self.cores[self.outputs].shape[0]
 
     def macs(self, tokens: int) -> int:
-        """Return tokens * middle rank * (out + in)."""
-        return tokens * self.cores[self.outputs].shape[0] * sum(self.shape)
+        """Return tokens * middle rank * (out + in), and forming the two halves."""
+        halves = self._forming(list(self.cores)[: self.outputs])
+        halves += self._forming(list(self.cores)[: self.outputs - 1 : -1])
+        return tokens * self.cores[self.outputs].shape[0] * sum(self.shape) + halves
+
+    @staticmethod
+    def _forming(cores: list[Leaf]) -> int:
+        """Return the multiply-adds of contracting cores, from the end of the train inwards."""
+        total, rows = 0, cores[0].shape[1]
+        for core in cores[1:]:
+            total, rows = total + rows * math.prod(core.shape), rows * core.shape[1]
+        return total
 
     def dense_macs(self) -> int:
         """Return the multiply-adds of forming the matrix from its halves."""

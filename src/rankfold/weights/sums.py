@@ -141,8 +141,10 @@ class Sum(Composite[Split]):
         split = self.split()
         if op is LINEAR and split.base is not None and split.grid is not None:
             return grid_linear(x, split.base, bias, *split.grid)
-        if op is LINEAR and self._denser(split, x):
-            return materialised_linear(self, x, bias)
+        if self._denser(split, x, op):
+            if op is LINEAR:
+                return materialised_linear(self, x, bias)
+            return op.apply(x, self.dense().to(x.dtype), bias)
         y = self._main(split, x, bias, op)
         for term in split.others:
             y = y + term(x, op=op)
@@ -150,13 +152,13 @@ class Sum(Composite[Split]):
 
     map = forward
 
-    def _denser(self, split: Split, x: Tensor) -> bool:
+    def _denser(self, split: Split, x: Tensor, op: Op) -> bool:
         """Whether forming the whole matrix costs fewer multiply-adds than applying every term."""
         if split.base is None or not split.others or x.dtype not in (torch.float32, torch.float64):
             return False
         if any(not term_is_dense(term) for term in split.others):
             return False
-        tokens, size = LINEAR.tokens(x), math.prod(self.shape)
+        tokens, size = op.tokens(x), math.prod(self.shape)
         forming = sum(term.dense_macs() for term in split.others) + size
         applying = sum(min(term.macs(tokens), term.dense_macs() + tokens * size) for term in split.others)
         if torch.is_grad_enabled():

@@ -14,6 +14,21 @@ from ..registry import near_base, structure
 from ..site import Site
 
 
+def normalised(site: Site, direction: Weight, *, detach: bool = True) -> Weight:
+    """Return `diag(m / ||V||_row) V`, m trained from the lengths of V; by columns for an embedding.
+
+    Args:
+        site: the weight.
+        direction: V (out, in).
+        detach: leave the norm out of the gradient.
+    """
+    kind, size = (ColumnNormalized, site.shape[1]) if site.looked_up else (Normalized, site.shape[0])
+    weight = kind(direction, site.trained(site.zeros(size), "magnitude"), detach=detach)
+    if not site.blank:
+        weight.magnitude.tensor().data.copy_(weight.norm().detach())
+    return weight
+
+
 @structure(
     "dora",
     stage="normalise",
@@ -49,8 +64,4 @@ def dora(
         detach: leave the norm out of the gradient.
     """
     direction = site.base + site.low_rank(rank, site.scaling(alpha, rank, rank_stabilised), dropout)
-    kind, size = (ColumnNormalized, site.shape[1]) if site.looked_up else (Normalized, site.shape[0])
-    weight = kind(direction, site.trained(site.zeros(size), "magnitude"), detach=detach)
-    if not site.blank:
-        weight.magnitude.tensor().data.copy_(weight.norm().detach())
-    return weight
+    return normalised(site, direction, detach=detach)

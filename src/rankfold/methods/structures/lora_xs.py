@@ -14,6 +14,7 @@ Deviation: alpha is the rank by default, so s = 1; the paper's runs set it.
 
 from ...errors import InvalidOption
 from ...weights import Weight
+from ..framed import framed
 from ..registry import near_base, structure
 from ..site import Site
 
@@ -43,8 +44,7 @@ def lora_xs(site: Site, rank: int, *, alpha: float | None = None, std: float = 1
         raise InvalidOption(f"lora-xs: std must be at least 0, not {std}")
     scaling = site.scaling(alpha, rank)
     basis = site.basis(rank, scaling)
-    start, right = basis.core, basis.right
+    start, values = basis.core, "none"
     if start is None:
-        start, right = site.normal("core", rank, rank, std=std), basis.values[:, None] * basis.right
-    core = site.trained(start, "core")
-    return site.base + scaling * (site.frozen(basis.left, "left") @ core @ site.frozen(right, "right"))
+        start, values = site.normal("core", rank, rank, std=std), "right"
+    return site.base + scaling * framed(site, basis, site.trained(start, "core"), values=values)

@@ -9,6 +9,7 @@ package's choice, the paper takes the r that holds 99 % of the spectrum.
 """
 
 from ...weights import Diagonal, Weight
+from ..framed import framed
 from ..registry import structure
 from ..site import Site
 
@@ -25,6 +26,5 @@ from ..site import Site
 )
 def svfit(site: Site, rank: int) -> Weight:
     """Return W0 + U_r diag(offset) V_r^T."""
-    basis = site.basis(rank)
     offset = Diagonal(site.trained(site.zeros(rank), "offset"))
-    return site.base + site.frozen(basis.left, "left") @ offset @ site.frozen(basis.right, "right")
+    return site.base + framed(site, site.basis(rank), offset)
