@@ -151,10 +151,12 @@ class Training:
         self.handle = rf.attach(model, self.optimizer, total_steps=STEPS, validation=batches(), loss=loss_of)
 
     def run(self, steps: int) -> None:
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            loss_of(self.model, task(2)).backward()
-            self.optimizer.step()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(steps)  # a method that draws noise draws the same after it was continued
+            for _ in range(steps):
+                self.optimizer.zero_grad()
+                loss_of(self.model, task(2)).backward()
+                self.optimizer.step()
 
     def state(self) -> Any:
         """Return the optimizer's state as a file would hold it."""

@@ -458,9 +458,9 @@ class TensorTrain(Weight):
         tensors = [core.tensor() for core in self.cores]
         left, right = tensors[0], tensors[-1]
         for core in tensors[1 : self.outputs]:
-            left = torch.tensordot(left.flatten(0, 1), core, 1).flatten(0, 1)[None]
+            left = (left.flatten(0, 1) @ core.flatten(1)).reshape(1, -1, core.shape[2])
         for core in reversed(tensors[self.outputs : -1]):
-            right = torch.tensordot(core, right.flatten(1), 1).flatten(1)[..., None]
+            right = (core.flatten(0, 1) @ right.flatten(1)).reshape(core.shape[0], -1, 1)
         return left.reshape(self.shape[0], -1), right.reshape(-1, self.shape[1])
 
     def dense(self) -> Tensor:
