@@ -11,11 +11,6 @@ from ..registry import near_base, structure
 from ..site import Site
 
 
-def modulated(site: Site, rank: int) -> Weight:
-    """Return W0 . (1 + change), from any start of the change."""
-    return Modulated(site.base, site.change(site.factors(rank), 1.0))
-
-
 @structure(
     "hira",
     stage="modulate",
@@ -33,4 +28,4 @@ def modulated(site: Site, rank: int) -> Weight:
 )
 def hira(site: Site, rank: int) -> Weight:
     """Return W0 . (1 + B A)."""
-    return modulated(site, rank)
+    return Modulated(site.base, site.change(site.factors(rank), 1.0))

@@ -1,0 +1,64 @@
+"""DropLoRA: noise between the two factors while training, so that every step works in another subspace.
+
+    training   y = W0 x + s B (m . A x),   m ~ Bernoulli(1 - p) / (1 - p) in R^r;      W = W0 + s B A,
+    s = alpha / r
+
+Zhang et al. 2025. The official code draws m anew for every token, as the default does here; with
+together=True one m serves all tokens of a call, as the paper's text says, and the rows of A and columns of
+B that are off get no gradient in that step. The output is linear in m, so its mean is that of LoRA. r = 32
+(of 32 and 64), alpha = 2 r and p = 0.5 are the paper's. Start: the base, exactly.
+
+Deviations: the learned mask of the code's `dynamic_pruning` is left out; a start that is subtracted is not
+thinned. An embedding and an attention's own weights are read without an input between the factors, and are
+refused.
+"""
+
+from ...errors import InvalidOption
+from ...weights import Dense, Dropped, Weight
+from ..registry import structure
+from ..site import Site
+
+
+@structure(
+    "droplora",
+    title="DropLoRA: Sparse Low-Rank Adaptation for Parameter-Efficient Fine-Tuning",
+    year=2025,
+    arxiv="2508.17337",
+    code="TayeeChang/DropLoRA",
+    formula="W = W0 + s B diag(m) A, m random while training",
+    init="kaiming",
+    starts=("zero", "residual", "displaced"),
+    rank=32,
+    layers=("linear", "convolution"),
+    pairs="terms",
+    sides=True,
+    entries=True,
+)
+def droplora(
+    site: Site,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    probability: float = 0.5,
+    together: bool = False,
+    dropout: float = 0.0,
+) -> Weight:
+    """Return W0 + s B A with noise between B and A.
+
+    Args:
+        site: the weight.
+        rank: inner dimension of B A.
+        alpha: numerator of the scaling; twice the rank by default.
+        probability: of switching one of the r numbers off while training, in [0, 1).
+        together: switch the same ones off for all tokens of a call.
+        dropout: probability, in [0, 1), of dropping an input entry of the change while training.
+    """
+    if not 0 <= probability < 1:
+        raise InvalidOption(f"droplora: probability must be in [0, 1), not {probability}")
+
+    def thinned(up: Dense, down: Dense) -> Weight:
+        return (Dropped(up, probability, together=together) if up.trainable and probability else up) @ down
+
+    scaling = site.scaling(2 * (site.reference or rank) if alpha is None else alpha, rank)
+    factors = site.factors(rank, scaling)
+    return site.base + site.change(factors, scaling, form=thinned, dropout=dropout)

@@ -1,0 +1,55 @@
+"""OFT: the weight's inputs are rotated block by block.
+
+    W = W0 blockdiag(C_1, ..., C_N),   C_j = (I + S_j) (I - S_j)^-1,   S_j = -S_j^T in R^{b x b},   N b = in
+
+Qiu et al. 2023. The b (b - 1) / 2 numbers above the diagonal of every S_j are trained. W W^T and the
+singular values stay those of W0, the change has full rank. b = 32 is the usual library default; where it
+does not divide `in`, the largest smaller divisor is taken. Start: S = 0, the base up to rounding.
+
+Deviations: the Cayley transform is exact, where public code may take five terms of its Neumann series,
+which is orthogonal only near the start; COFT's bound on ||S||, blocks that share one rotation, and dropped
+blocks are left out.
+"""
+
+from ...errors import InvalidOption
+from ...weights import BlockDiagonal, Cayley, Weight
+from ..registry import near_base, structure
+from ..site import Site
+
+
+def block_size_of(site: Site, wanted: int, method: str, multiple: int = 1) -> int:
+    """Return the largest size, at most `wanted` and a multiple of `multiple`, that divides the inputs.
+
+    Raises:
+        InvalidOption: no block of two inputs or more fits.
+    """
+    columns = site.shape[1]
+    fits = [b for b in range(2, min(wanted, columns) + 1) if columns % b == 0 and b % multiple == 0]
+    if not fits:
+        raise InvalidOption(
+            f"{site.path}: {method} cannot cut {columns} inputs into blocks of 2 to {wanted}"
+            f"{' of even size' if multiple == 2 else ''}; choose another block_size or leave the layer out"
+        )
+    return max(fits)
+
+
+def rotation(site: Site, size: int, name: str) -> Weight:
+    """Return a block-diagonal rotation of the inputs that starts at the identity."""
+    numbers = site.trained(site.zeros(site.shape[1] // size, size * (size - 1) // 2), name)
+    return BlockDiagonal(Cayley(numbers, size, f"{name}.rotations"))
+
+
+@structure(
+    "oft",
+    stage="transform",
+    title="Controlling Text-to-Image Diffusion by Orthogonal Finetuning",
+    year=2023,
+    arxiv="2306.07280",
+    code="Zeju1997/oft",
+    formula="W = W0 blockdiag((I + S_j) (I - S_j)^-1), S_j skew",
+    start=near_base(1e-5),
+    rank=None,
+)
+def oft(site: Site, *, block_size: int = 32) -> Weight:
+    """Return W0 times a block-diagonal rotation of blocks of at most `block_size` inputs."""
+    return site.base @ rotation(site, block_size_of(site, block_size, "oft"), "skew")
