@@ -108,7 +108,7 @@ def test_a_method_of_somebody_else_passes_by_being_registered() -> None:
         """Return W0 + B A."""
         return site.base + site.low_rank(rank, 1.0)
 
-    enter(build)
+    enter(build, pairs="terms", sides=True, entries=True)
     assert failures("") == []
 
 

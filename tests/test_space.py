@@ -44,6 +44,8 @@ SOON: dict[tuple[str, str], dict[str, Any]] = {
     ("ranks", "prilora"): {"interval": 3},
     ("ranks", "lora-squeeze"): {"times": 2.0},
     ("ranks", "sora"): {"threshold": 0.005},
+    # Sixteen times this rate oversteps where the middle factor is the inverse of an arbitrary block (nlora).
+    ("dynamics", "lora+"): {"ratio": 8.0},
     ("dynamics", "periodic-lora"): {"interval": 4},
     ("dynamics", "refactorisation"): {"interval": 3, "reset_interval": 6, "warmup": 1},
     ("dynamics", "relora"): {"interval": 4, "warmup": 1},

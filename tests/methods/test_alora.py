@@ -102,5 +102,5 @@ def test_embeddings_as_inputs_are_refused() -> None:
 
 @pytest.mark.parametrize("invocation", [(), "ab", 3, (1.5,)])
 def test_an_invocation_is_token_ids(invocation: Any) -> None:
-    with pytest.raises(InvalidOption, match="token ids of the invocation"):
+    with pytest.raises(InvalidOption, match="invocation"):
         rf.adapt(llama(), "alora", invocation=invocation)

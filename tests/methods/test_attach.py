@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,16 @@ def test_a_fused_step_of_a_gradient_scaler_is_refused() -> None:
         scaler.step(optimizer)
 
 
+@pytest.fixture
+def _plain_accelerate() -> Iterator[None]:
+    """Forget the precision that another test has chosen for the whole process."""
+    state = pytest.importorskip("accelerate").state
+    state.AcceleratorState._reset_state(True)
+    yield
+    state.AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("_plain_accelerate")
 @pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
 def test_the_wrapper_of_accelerate_trains_as_a_loop_does(point: Any) -> None:
     accelerate = pytest.importorskip("accelerate")

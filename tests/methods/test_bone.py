@@ -52,6 +52,10 @@ def test_the_start_is_the_base_and_everything_has_a_gradient(method: str) -> Non
     assert all(p.grad.abs().min() > 0 for p in model.parameters() if p.requires_grad)
 
 
-def test_a_rank_that_divides_no_side_is_refused() -> None:
-    with pytest.raises(InvalidOption, match="bone cannot cut 8x8 into shards of 3x3"):
-        adapted("bone", linear(8, 8), rank=3)
+def test_a_rank_that_divides_no_side_becomes_the_largest_smaller_divisor() -> None:
+    assert leaves_of(adapted("bone", linear(12, 18), rank=4))["blocks"].shape == (4, 3, 3)
+
+
+def test_sides_without_a_common_divisor_are_refused() -> None:
+    with pytest.raises(InvalidOption, match="bone cannot cut 5x7 into square shards of 2 to 3"):
+        adapted("bone", linear(5, 7), rank=3)

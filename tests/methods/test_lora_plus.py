@@ -112,9 +112,7 @@ def test_a_schedule_that_starts_at_zero_is_accepted() -> None:
 
 
 def test_a_structure_that_trains_on_one_side_only_is_refused() -> None:
-    with pytest.raises(
-        Incompatible, match="tells the output side from the input side, and lora-xs trains on one"
-    ):
+    with pytest.raises(Incompatible, match="tells output side from input side, and lora-xs trains on one"):
         rf.adapt(nn.Sequential(nn.Linear(8, 8)), "lora-xs/lora+", rank=2, targets="0")
 
 

@@ -12,6 +12,8 @@ structures without factors B and A, the side is that of the trained leaf (vera: 
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from ...errors import Incompatible, InvalidOption
 from ...weights import Leaf, Weight
 from ..registry import dynamics
@@ -51,8 +53,9 @@ class LoraPlus(Dynamics):
         for expression in run.expressions.values():
             rates: dict[str, list[float]] = {"input": [], "output": []}
             for leaf, side in expression.sides():
-                if side in rates and leaf.tensor().requires_grad:
-                    rates[side].append(float(run.group(leaf.tensor())["lr"]))
+                value = leaf.tensor()
+                if side in rates and isinstance(value, nn.Parameter):  # what is derived from one has no rate
+                    rates[side].append(float(run.group(value)["lr"]))
             slow = [self.ratio * rate for rate in rates["input"]]
             if any(abs(fast - rate) > 1e-6 * abs(fast) for fast in rates["output"] for rate in slow):
                 raise Incompatible(

@@ -2,9 +2,10 @@
 
     W_ij = W0_ij + (W0_ij + I) B_i,   B in R^{(out / r) x r x r}, W0_ij the r x r shards of W0
 
-Kang and Yin 2024, first version ("weight guide", today's BAT). r divides out and in. It differs from MiSS by
-the factor W0_ij beside I: W0_ij = 0 gives shards that repeat along the input. The change has full rank. r =
-64 is the paper's, there is no alpha. Start: B = 0, the base, exactly, and B has a gradient.
+Kang and Yin 2024, first version ("weight guide", today's BAT). r divides out and in: where the rank does not,
+the largest smaller common divisor is taken, as rank rules need it. It differs from MiSS by the factor W0_ij
+beside I: W0_ij = 0 gives shards that repeat along the input. The change has full rank. r = 64 is the paper's,
+there is no alpha. Start: B = 0, the base, exactly, and B has a gradient.
 """
 
 import math
@@ -35,12 +36,13 @@ def largest_shard(shape: tuple[int, int]) -> int:
     limit=largest_shard,
 )
 def bone(site: Site, rank: int) -> Weight:
-    """Return W0 + (W0 + I) B by shards; the rank divides both sides."""
-    out, columns = site.shape
-    if out % rank or columns % rank:
+    """Return W0 + (W0 + I) B by shards of the largest size up to the rank that divides both sides."""
+    common = math.gcd(*site.shape)
+    size = max(d for d in range(1, rank + 1) if common % d == 0)
+    if size == 1 < rank:
         raise InvalidOption(
-            f"{site.path}: bone cannot cut {out}x{columns} into shards of {rank}x{rank}; "
-            "take a rank that divides both sides"
+            f"{site.path}: bone cannot cut {site.shape[0]}x{site.shape[1]} into square shards of 2 to "
+            f"{rank}; leave the layer out"
         )
-    blocks = site.trained(site.zeros(out // rank, rank, rank), "blocks")
+    blocks = site.trained(site.zeros(site.shape[0] // size, size, size), "blocks")
     return site.base + Sharded(site.base, blocks)

@@ -7,8 +7,8 @@
 Bihany et al. 2025. `plus` keeps the null space of W0 (pre) or its column space (post) and changes it by
 rank r; `pi` rolls row i of B A by i, which makes its rank d. `plus` costs 2 r d multiply-adds per token
 beside the base, `pi` needs the d x d matrix. r = 8 and alpha = r are the paper's for language
-understanding. Start of plus: A Kaiming uniform (a = sqrt 5), B = 0; of pi: B Kaiming with its first column
-1, A zero but A[0, 0] = 1, both over sqrt(s). Both are the base up to rounding.
+understanding. In plus, A is Kaiming uniform (a = sqrt 5) and B = 0; in pi, B is Kaiming with its first column
+1, A zero but A[0, 0] = 1, both over sqrt(s). Start: the base up to rounding.
 
 Deviations: the form without inflation, M = s B A, is left out, for it starts at a projection of the base;
 no dropout, which the official code applies to the input of the whole weight; on an embedding, whose outputs
