@@ -7,7 +7,7 @@ regular expression that starts with `re:`. The most specific entry counts: a pat
 pattern before another that means all of its weights and more; two that overlap otherwise and do not agree are
 refused, and so is an entry that means no weight. 0 leaves weights out, and what no entry means gets the rank
 that was asked for, as far as it can hold it. alpha is divided by what a weight itself gets, as in the rank
-patterns of common libraries.
+patterns of common libraries. LoRA itself (Hu et al. 2021) already gives some weights rank and others none.
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,7 +3,7 @@
     row t of A_k = PA[ia[t, 1]] | ... | PA[ia[t, l]],   row t of B_k^T likewise from PB, ib;
     W_k = W0_k + s B_k A_k
 
-Wang et al. 2025. Layers are of one kind where their projection's name and their shape agree; with L of
+Wang et al. 2024. Layers are of one kind where their projection's name and their shape agree; with L of
 them, PA in R^{e L l x in/l} and PB in R^{e L l x out/l} hold as many numbers as LoRA of rank e, while the
 rank r of a layer may be larger. Its indices: (r - p) l distinct public shards, out of the first (e - p) L
 l, then its own p l private ones; for A and B apart, by the seed and the kind, fixed. s = alpha / r. r = 16,

@@ -8,8 +8,8 @@ factors of out, then of in, the largest first; with powers of two they are qubit
 across cut k, and so the exponential of its entanglement entropy there, is at most c_k: LoRA is the case in
 which only the cut between rows and columns is bounded. sum_k c_{k-1} n_k c_k numbers are trained.
 
-The cores are N(0, 1 / c_{k-1}), which keeps the variance along the train, the last one is zero: the base,
-exactly, and only the last core has a gradient at first.
+The cores are N(0, 1 / c_{k-1}), which keeps the variance along the train, the last one is zero. Start: the
+base, exactly; only the last core has a gradient at first.
 
 Deviations: the abstract fixes no digits, start or scaling; those here are reconstructed, r = 8 is a library's
 usual one. A prime size is a single digit. A convolution's columns are channels times window.
