@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.errors import Incompatible, InvalidOption, NotAdapted
+from rankfold.layers import NeverAttached
 from rankfold.methods import registry
 from rankfold.methods.attach import Attached
 from rankfold.methods.rules import Dynamics
@@ -546,3 +547,64 @@ def test_a_step_that_calls_its_parents_step_counts_once() -> None:
             model(torch.ones(2, 6)).sum().backward()
             optimizer.step()
         assert handle.run.step == 3
+
+
+# Handles and adapters -----------------------------------------------------------------------------------
+
+
+def two_adapters() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    """Return a model whose second adapter shrinks, its optimizer, and the handle."""
+    model = rf.adapt(nn.Sequential(nn.Linear(6, 6)), "lora", rank=2, targets=["0"], name="plain")
+    shrinking = rf.Recipe("lora", dynamics=(("shrink-perturb", {"interval": 1}),))
+    rf.adapt(model, shrinking, rank=2, targets=["0"], name="shrinking")
+    optimizer = torch.optim.AdamW(rf.param_groups(model, lr=1e-2))
+    return model, optimizer, rf.attach(model, optimizer)
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+
+
+def test_a_step_while_the_attached_adapter_is_out_of_use_is_refused() -> None:
+    model, optimizer, handle = two_adapters()
+    take_step(model, optimizer)
+    rf.use(model, "plain")
+    with pytest.raises(Incompatible, match=r"'shrinking', whose dynamics are attached .* is not in use"):
+        take_step(model, optimizer)
+    assert handle.run.step == 1
+    rf.use(model, "shrinking")
+    take_step(model, optimizer)
+
+
+def test_squeezing_under_a_handle_and_a_second_optimizer_are_refused() -> None:
+    model, _, handle = two_adapters()
+    with pytest.raises(Incompatible, match=r"remove\(\) their handle before squeezing"):
+        rf.squeeze(model, 1, name="shrinking")
+    with pytest.raises(Incompatible, match="attached to another optimizer"):
+        rf.attach(model, torch.optim.AdamW(rf.param_groups(model, lr=1e-2)))
+    handle.remove()
+    rf.squeeze(model, 1, name="shrinking")
+
+
+@pytest.mark.parametrize("optimizer", [None, "adam", torch.optim.AdamW])
+def test_what_is_no_optimizer_is_refused(optimizer: Any) -> None:
+    model, _, handle = two_adapters()
+    handle.remove()
+    with pytest.raises(InvalidOption, match="attach needs an optimizer of PyTorch"):
+        rf.attach(model, optimizer)
+
+
+def test_an_adapter_whose_dynamics_never_acted_warns_when_it_is_saved_or_folded(tmp_path: Path) -> None:
+    model = rf.adapt(nn.Sequential(nn.Linear(6, 6)), "lora/relora", rank=2, targets=["0"])
+    with pytest.warns(NeverAttached, match="have never been attached"):
+        rf.save(model, tmp_path / "adapter")
+    with pytest.warns(NeverAttached):
+        rf.fold(model)
+
+
+@pytest.mark.filterwarnings("error::rankfold.layers.NeverAttached")
+def test_rates_by_side_do_not_have_to_be_attached(tmp_path: Path) -> None:
+    model = rf.adapt(nn.Sequential(nn.Linear(6, 6)), "lora/lora+", rank=2, targets=["0"])
+    rf.save(model, tmp_path / "adapter")

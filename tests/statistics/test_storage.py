@@ -288,3 +288,12 @@ def test_all_processes_get_the_merged_statistics(net: nn.Module, batches: Batche
 
 def test_without_a_process_group_gathering_changes_nothing(found: Statistics) -> None:
     assert found.gather() is found
+
+
+def test_a_pass_is_not_continued_with_other_batches(net: nn.Module, batches: Batches, tmp_path: Path) -> None:
+    file = tmp_path / "pass.safetensors"
+    first = collect(net, batches[:2], ["input_mean"], resume=file)
+    same(collect(net, batches[:2], ["input_mean"], resume=file), first)
+    with pytest.raises(Incompatible, match="holds a pass over other batches"):
+        collect(net, batches[::-1], ["input_mean"], resume=file)
+    same(collect(net, batches, ["input_mean"], resume=file), collect(net, batches, ["input_mean"]))

@@ -6,6 +6,7 @@ from .adaptation import (
     Adapter,
     Branch,
     FoldError,
+    NeverAttached,
     Requantised,
     adaptation_of,
     attach,
@@ -14,6 +15,7 @@ from .adaptation import (
     remove,
     require,
     use,
+    warn_never_attached,
 )
 from .carrier import CacheMemory, Carrier, GateRule, ModelInputs, checkpoint
 from .layer import (
@@ -41,6 +43,7 @@ __all__ = [
     "FoldError",
     "GateRule",
     "ModelInputs",
+    "NeverAttached",
     "Requantised",
     "StructuredAttention",
     "StructuredConv",
@@ -67,5 +70,6 @@ __all__ = [
     "summary",
     "task_heads",
     "use",
+    "warn_never_attached",
     "watch_first_forward",
 ]

@@ -72,6 +72,7 @@ class Adapter:
         branches: the modules that edit activations, by path, with the handles of their hooks.
         gate_keys: the gates that it needs.
         watch: waits for the first forward, to see whether every layer is called.
+        attached: its dynamics have ridden on an optimizer, or there are none that have to.
     """
 
     name: str
@@ -83,6 +84,23 @@ class Adapter:
     branches: dict[str, tuple[Branch, Any]] = field(default_factory=dict)
     gate_keys: set[str] = field(default_factory=set)
     watch: FirstForward | None = None
+    attached: bool = True
+
+
+class NeverAttached(UserWarning):
+    """An adapter's dynamics have never ridden on an optimizer, so it is not what its recipe says."""
+
+
+def warn_never_attached(adapter: Adapter) -> None:
+    """Warn where the dynamics of an adapter have not acted."""
+    if not adapter.attached:
+        warnings.warn(
+            NeverAttached(
+                f"the dynamics or rank rule of the adapter {adapter.name!r} have never been attached to an "
+                "optimizer (rankfold.attach, rankfold.TrainerCallback), so they have not acted"
+            ),
+            stacklevel=3,
+        )
 
 
 class Adaptation:
@@ -553,6 +571,7 @@ def fold(
     layers = {path: layer for path, layer in adaptation.layers.items() if layer._active}
     for name in adaptation.active:
         _refuse_activations(adaptation.adapters[name])
+        warn_never_attached(adaptation.adapters[name])
     for path, layer in layers.items():
         _refuse_fold(path, layer, requantise)
     dense = {path: layer._active[0].dense() for path, layer in layers.items()}

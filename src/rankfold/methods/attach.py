@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from .run import MEMORY, Run
 
 _log = logging.getLogger("rankfold")
 _HANDLE = "_rankfold_attached"  # on the optimizer
+_ALIVE: weakref.WeakSet[Attached] = weakref.WeakSet()
 _WRAPPERS = (
     register_optimizer_step_post_hook.__code__.co_filename
 )  # where PyTorch wraps the steps of optimizers
@@ -51,6 +53,8 @@ class Attached:
             run.enter(name)
             method.check(run)
         setattr(run.optimizer, _HANDLE, self)
+        _ALIVE.add(self)
+        run.adaptation.adapter(run.name).attached = True
         self._handles = [
             run.optimizer.register_step_pre_hook(self._before),
             run.optimizer.register_step_post_hook(self._after),
@@ -117,6 +121,11 @@ class Attached:
     @torch.no_grad()
     def _gradients_ready(self) -> None:
         run = self._running()
+        if run.name not in run.adaptation.active:
+            raise Incompatible(
+                f"the adapter {run.name!r}, whose dynamics are attached to this optimizer, is not in use: "
+                "use it, or remove() the handle that attach returned"
+            )
         self._resume(run)
         run.restore_rates()  # of a step that failed
         try:
@@ -219,6 +228,8 @@ def attach(
         _log.info("nothing to attach: %s has neither dynamics nor dynamic ranks", name)
         return Attached({}, None, "")
     inner = unwrapped(optimizer)
+    if not isinstance(inner, Optimizer):
+        raise InvalidOption(f"attach needs an optimizer of PyTorch, not {type(optimizer).__name__}")
     if isinstance(inner, torch.optim.LBFGS) and inner.param_groups[0]["max_iter"] > 1:
         raise Incompatible(
             "dynamics need an optimizer that evaluates its closure once a step, and LBFGS does not"
@@ -226,10 +237,20 @@ def attach(
     given = {"total_steps": total_steps, "scheduler": scheduler, "validation": validation, "loss": loss}
     _check_given(resolved, given)
     _check_holds(adaptation, name, inner)
+    if is_attached(adaptation, name) and getattr(inner, _HANDLE, None) is None:
+        raise Incompatible(
+            f"the dynamics of {name!r} are attached to another optimizer; remove() that handle first"
+        )
     methods = _methods(resolved)
     run = Run(adaptation, name, inner, **given)
     _check_owned(resolved, run)
     return Attached(methods, run, resolved.recipe.text())
+
+
+def is_attached(adaptation: Adaptation, name: str) -> bool:
+    """Say whether a handle acts on an adapter."""
+    runs = [handle.run for handle in _ALIVE if handle.run is not None and handle._handles]
+    return any(run.adaptation is adaptation and run.name == name for run in runs)
 
 
 def attachable(adaptation: Adaptation) -> tuple[str, Resolved | None]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import InvalidOption, OutputExists
 from ..formats import native
-from ..layers import Adaptation, adaptation_of, require
+from ..layers import Adaptation, adaptation_of, require, warn_never_attached
 from ..version import __version__
 from . import registry
 from .recipe import Recipe
@@ -20,6 +20,7 @@ from .recipe import Recipe
 def describe(adaptation: Adaptation, name: str) -> dict[str, Any]:
     """Return everything but the tensors that a file needs to rebuild an adapter."""
     adapter = adaptation.adapter(name)
+    warn_never_attached(adapter)
     recipe = Recipe.from_dict(adapter.record["recipe"])
     method = registry.get("structure", adapter.record["recipe"]["structure"][0])
     layers = native.anchors(adaptation.root, adapter.paths, adaptation.layers)

@@ -21,7 +21,7 @@ def param_groups(model: nn.Module, lr: float, *, weight_decay: float = 0.0) -> l
 
     Args:
         model: an adapted model; what its active adapters train is grouped, modules trained whole included.
-        lr: learning rate, positive; a method multiplies it.
+        lr: learning rate, at least 0; a method multiplies it.
         weight_decay: of matrices, at least 0.
 
     Returns:

@@ -113,6 +113,7 @@ def prepare(
     record = _record(resolved, seed, allotment, list(sites), trained) | {"plan": planned.digest()}
     adapter = Adapter(name, record, resolved.structure.traits["stage"], list(sites))
     adapter.shared = {key: _attribute(name, key) for key in planned.shared}
+    adapter.attached = blank or not resolved.acts
     return Prepared(
         adaptation=adaptation,
         adapter=adapter,

@@ -148,6 +148,13 @@ class Resolved:
     dynamics: dict[str, Dynamics]
 
     @property
+    def acts(self) -> bool:
+        """Whether something has to ride on the optimizer's step; rates by side do not."""
+        rules = [*self.dynamics.values(), *([self.rule] if self.rule else [])]
+        phases = ("gradients_ready", "stepped")
+        return any(getattr(type(r), phase) is not getattr(Dynamics, phase) for r in rules for phase in phases)
+
+    @property
     def moves_base(self) -> bool:
         """Whether training moves the stored weights themselves."""
         return any(registry.get("dynamics", name).traits["moves_base"] for name in self.dynamics)

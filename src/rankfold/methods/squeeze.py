@@ -15,6 +15,7 @@ from ..linalg import squeeze_factors
 from ..weights import Dense, Pair, Sum, Weight
 from ..weights.weight import tick
 from . import registry
+from .attach import is_attached
 from .recipe import Recipe, resolve
 
 
@@ -55,6 +56,8 @@ def squeeze(model: nn.Module, rank: int | None = None, *, name: str | None = Non
     """
     _check(model, rank)
     adaptation = require(model)
+    if any(is_attached(adaptation, each) for each in adaptation.adapters):
+        raise Incompatible("dynamics are attached to an optimizer; remove() their handle before squeezing")
     adapter, active = adaptation.adapter(name), adaptation.active
     if adapter.name not in active:
         adaptation.use([adapter.name])  # only what is active is known to train

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import Incompatible, InvalidOption
 from .finite import NotFinite
@@ -200,3 +202,16 @@ def _no_loss(model: nn.Module, batch: Batch, loss: Loss | None) -> Incompatible:
         f"{where}: {type(model).__name__} gives no loss{labels}; gradient statistics need one: add labels to "
         "the batches or pass loss=a function of (model, batch)"
     )
+
+
+def digested(digest: str, content: Any) -> str:
+    """Return a digest of everything seen so far and of a batch: its shapes and leading numbers."""
+    hasher = hashlib.sha256(digest.encode())
+    for leaf in tree_leaves(content if not isinstance(content, Mapping) else dict(content)):
+        if isinstance(leaf, Tensor):
+            head = leaf.detach().flatten()[:4096].double().cpu().contiguous()
+            hasher.update(f"{tuple(leaf.shape)}{leaf.dtype}".encode() + head.numpy().tobytes())
+        else:
+            plain = leaf is None or isinstance(leaf, str | int | float | bool)
+            hasher.update((repr(leaf) if plain else type(leaf).__name__).encode())
+    return hasher.hexdigest()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import BaseMismatch, Incompatible, InvalidOption, UnsupportedLayer
 from ..layers import Targets
 from . import storage
-from .batches import Batch, Loss, Mask, check_batches, check_mask, prepared
+from .batches import Batch, Loss, Mask, check_batches, check_mask, digested, prepared
 from .calibrating import Progress, calibrating, unbroken
 from .finite import NotFinite
 from .observer import Calls, Observer
@@ -64,7 +64,7 @@ def collect(
             each batch then runs twice, once to find out.
         progress: whether to show a bar on a terminal.
         resume: a file for partial sums; the same call with the same batches continues from it and ends with
-            the same numbers, bit for bit.
+            the same numbers, bit for bit. Other batches than those that it has seen are refused.
         seed: of the probes of "hessian_diagonal".
         every: number of batches after which `resume` is written.
 
@@ -207,7 +207,7 @@ class Pass:
         self.tokens = dict.fromkeys(self.reducers, 0)
         self.batches = self.skipped = 0
         self.base = describe(model, {weight.path: weight.layer for weight in watched})
-        self.grouped, self.whole = False, True
+        self.grouped, self.whole, self.digest = False, True, ""
 
     @property
     def seen(self) -> int:
@@ -240,14 +240,19 @@ class Pass:
     def _take_all(self, batches: Iterable[Any], bar: Progress, file: Path | None, every: int) -> None:
         held = contextlib.nullcontext if file is None else unbroken
         index, start = -1, self.seen
+        digest = ""
         for index, content in enumerate(batches):
             bar.step()
+            if file is not None:
+                digest = digested(digest, content)
+            if index + 1 == start and digest != self.digest:
+                raise Incompatible(f"{file} holds a pass over other batches; name another file")
             if index < start:
                 continue
             with held():
                 self.whole = False
                 self._take(prepared(index, content, self._device(), self.mask))
-                self.whole = True
+                self.whole, self.digest = True, digest
             if file is not None and self.seen % every == 0:
                 self._write(file)
         if index + 1 < start:
@@ -370,7 +375,7 @@ class Pass:
         return {"seed": self.seed, "mask": mask, "loss": "a function" if self.loss else None}
 
     def _write(self, file: Path) -> None:
-        storage.save(self.statistics(), file, self._arguments())
+        storage.save(self.statistics(), file, self._arguments() | {"batches": self.digest})
 
     def _continue(self, file: Path) -> None:
         """Take over the sums of a file.
@@ -396,6 +401,7 @@ class Pass:
             self.reducers[path], self.tokens[path] = list(entry.reducers), entry.tokens
             by_path[path].leader = by_path[entry.leader]
         self.batches, self.skipped, self.grouped = held.batches, held.skipped, True
+        self.digest = str(arguments.get("batches", ""))
 
 
 def _geometry(weight: Watched) -> tuple[Any, ...]:

@@ -62,7 +62,9 @@ def TrainerCallback(  # noqa: N802  # stands where the library's class of that n
             **kwargs: Any,
         ) -> None:
             """Attach to the optimizer, whose state has been loaded where training resumes."""
-            adapted = next(m for m in model.modules() if adaptation_of(m) is not None)
+            if self.handle is not None:  # of a training that was interrupted
+                self.handle.remove()
+            adapted = next((m for m in model.modules() if adaptation_of(m) is not None), model)
             scheduler = kwargs.get("lr_scheduler")
             self.handle = attach(
                 adapted,

@@ -10,6 +10,7 @@ Deviation: W0 is never edited, its residual is a frozen term.
 
 import torch
 
+from ...linalg.checks import require_finite
 from ..registry import init, near_base
 from ..site import Factors, Site
 
@@ -25,5 +26,5 @@ from ..site import Factors, Site
 )
 def olora(site: Site, rank: int, scaling: float) -> Factors:
     """Return the leading columns of Q and rows of R."""
-    q, r = torch.linalg.qr(site.matrix())
+    q, r = torch.linalg.qr(require_finite(site.matrix(), f"the weight of {site.path}"))
     return Factors(q[:, :rank], r[:rank], "residual")
