@@ -19,7 +19,7 @@ from methods._dynamic import (
 )  # fmt: skip
 
 import rankfold as rf
-from rankfold.errors import InvalidOption
+from rankfold.errors import Incompatible, InvalidOption
 from rankfold.methods.events import change_terms
 from rankfold.methods.importance import ChangeSensitivity, weight_gradient
 from rankfold.methods.ranks.increlora import RESERVE_GATE
@@ -159,7 +159,8 @@ def test_the_score_sees_the_sum_of_the_change_times_its_gradient() -> None:
     gradient = torch.autograd.grad(loss, dense)[0]
     training.backward()
     sums = watch.take()
-    watch.close()
+    for handle in watch.handles:
+        handle.remove()
     assert sums is not None
     torch.testing.assert_close(sums["2"], (change * gradient).abs().sum())
     training.backward()
@@ -226,3 +227,12 @@ def test_it_runs_on_every_kind_of_layer(host: Host) -> None:
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidOption, match="increlora"):
         Training(point(**options))
+
+
+def test_a_refused_attachment_leaves_no_hook_on_the_model() -> None:
+    point = rf.Recipe(("lora", {"alpha": 8.0}), ranks="increlora", dynamics=("allora",))
+    model = rf.adapt(torch.nn.Sequential(torch.nn.Linear(6, 6)), point, rank=2, targets=["0"])
+    before = len(model[0]._forward_hooks)
+    with pytest.raises(Incompatible, match="allora"):
+        rf.attach(model, torch.optim.AdamW(rf.param_groups(model, lr=1e-2)), total_steps=10)
+    assert len(model[0]._forward_hooks) == before

@@ -21,13 +21,16 @@ class ChangeSensitivity:
     reduced to one number at once, and let go. Where a layer is called or backward is run several times,
     absolute values are added up. Layers that are no modules of their own, such as the projections inside
     `nn.MultiheadAttention`, and changes that differ from token to token are not seen.
+
+    Attributes:
+        handles: of the hooks on the layers.
     """
 
     def __init__(self, run: Run) -> None:
         self._sums: dict[str, Tensor] = {}
         whole = [path for path, expression in run.expressions.items() if _has_matrix(expression)]
         owners = {id(run.adaptation.layers[path]): path for path in whole}
-        self._handles = [
+        self.handles = [
             layer.register_forward_hook(_forward_hook(self._sums, owners[id(owner)]), with_kwargs=True)
             for layer in run.adaptation.layers.values()
             if id(owner := layer.lender or layer) in owners
@@ -38,11 +41,6 @@ class ChangeSensitivity:
         taken = dict(self._sums)
         self._sums.clear()
         return taken if all(bool(torch.isfinite(value)) for value in taken.values()) else None
-
-    def close(self) -> None:
-        """Let go of the layers."""
-        for handle in self._handles:
-            handle.remove()
 
 
 def _has_matrix(expression: Weight) -> bool:

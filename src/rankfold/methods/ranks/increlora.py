@@ -30,6 +30,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ...errors import InvalidOption
 from ..events import asked_total, change_terms, gate_of, largest_rank, shares_in_range
@@ -98,14 +99,10 @@ class IncreLoRA(DynamicRanks):
         """Begin with the initial rank, or with the asked one where that is less."""
         return {unit.path: unit.fitted(min(self.initial, rank)) for unit in units}
 
-    def check(self, run: Run) -> None:
-        """Watch the gradients of weights from now on."""
-        self._watch = ChangeSensitivity(run) if self.score == "weights" else None
-
-    def finish(self, run: Run) -> None:
-        """Watch them no longer."""
-        if self._watch is not None:
-            self._watch.close()
+    def watch(self, run: Run) -> Sequence[RemovableHandle]:
+        """Watch the gradients of weights while the handle is there."""
+        self._seen = ChangeSensitivity(run) if self.score == "weights" else None
+        return [] if self._seen is None else self._seen.handles
 
     def begin(self, run: Run) -> None:
         """Give every weight its reserve."""
@@ -117,7 +114,7 @@ class IncreLoRA(DynamicRanks):
 
     def gradients_ready(self, run: Run) -> None:
         """Score every weight; the gates of reserves stay as they are."""
-        sums = {} if self._watch is None else self._watch.take()
+        sums = {} if self._seen is None else self._seen.take()
         for pair in run.pairs:
             memory, slope = run.memory(pair.key), gate_of(pair).grad
             if sums is not None:
