@@ -241,10 +241,9 @@ def attach(
         raise Incompatible(
             f"the dynamics of {name!r} are attached to another optimizer; remove() that handle first"
         )
-    methods = _methods(resolved)
     run = Run(adaptation, name, inner, **given)
     _check_owned(resolved, run)
-    return Attached(methods, run, resolved.recipe.text())
+    return Attached(resolved.riding, run, resolved.recipe.text())
 
 
 def is_attached(adaptation: Adaptation, name: str) -> bool:
@@ -262,7 +261,7 @@ def attachable(adaptation: Adaptation) -> tuple[str, Resolved | None]:
     found = []
     for name in adaptation.active:
         resolved = resolve(Recipe.from_dict(adaptation.adapter(name).record["recipe"]), {})
-        if resolved.dynamics or resolved.rule is not None:
+        if resolved.riding:
             found.append((name, resolved))
     if len(found) > 1:
         names = [name for name, _ in found]
@@ -270,23 +269,16 @@ def attachable(adaptation: Adaptation) -> tuple[str, Resolved | None]:
     return found[0] if found else (", ".join(adaptation.active) or "no active adapter", None)
 
 
-def _methods(resolved: Resolved) -> dict[str, Dynamics]:
-    """Rank rules see gradients first, and act last after a step."""
-    if resolved.rule is None or resolved.ranks is None:
-        return dict(resolved.dynamics)
-    return {f"ranks={resolved.ranks.name}": resolved.rule, **resolved.dynamics}
-
-
 def _check_given(resolved: Resolved, given: dict[str, Any]) -> None:
     for name in resolved.dynamics:
         for need in registry.get("dynamics", name).traits["needs"]:
             if given[need] is None:
                 raise InvalidOption(f"{name} needs {need}: pass {need}= to attach")
-    needs = getattr(resolved.rule, "needs", ())
-    for need in needs:
-        if given[need] is None:
-            rule = "" if resolved.ranks is None else resolved.ranks.name
-            raise InvalidOption(f"{rule} needs {need}: pass {need}= to attach")
+    for scope, rule in resolved.riding.items():
+        for need in getattr(rule, "needs", ()):
+            if given[need] is None:
+                name = scope.rpartition("=")[2]
+                raise InvalidOption(f"{name} needs {need}: pass {need}= to attach")
     steps = given["total_steps"]
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise InvalidOption(f"total_steps must be a whole number of at least 1, not {steps!r}")

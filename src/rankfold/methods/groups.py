@@ -57,7 +57,7 @@ def _trained(adaptation: Adaptation) -> Iterator[tuple[nn.Parameter, str, float,
     """Yield every trained parameter with its group's name, what its rate is multiplied by, and its decay."""
     for name in adaptation.active:
         resolved = resolve(Recipe.from_dict(adaptation.adapter(name).record["recipe"]), {})
-        rules = list(resolved.dynamics.values())
+        rules = list(resolved.riding.values())
         for expression in adaptation.expressions(name).values():
             yield from _leaves(expression, rules)
         for parameter in adaptation.trainable(name):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import Incompatible, InvalidOption, UnknownMethod, near_names
@@ -134,6 +134,7 @@ class Resolved:
         init, init_options: where its factors start, or None.
         ranks, ranks_options: how much rank each weight gets, or None.
         rule: the dynamic rank rule, made with its options, or None.
+        training: what the structure's own paper does around every step, or None.
         dynamics: how the parameters move, each made with its options, by name.
     """
 
@@ -145,14 +146,31 @@ class Resolved:
     ranks: Method | None
     ranks_options: dict[str, Any]
     rule: DynamicRanks | None
+    training: Dynamics | None
     dynamics: dict[str, Dynamics]
+
+    @property
+    def riding(self) -> dict[str, Dynamics]:
+        """Everything that rides on the optimizer's step, by the scope of its memory.
+
+        Rank rules see gradients first and act last after a step; what the structure does is within that.
+        """
+        found: dict[str, Dynamics] = {}
+        if self.rule is not None and self.ranks is not None:
+            found[f"ranks={self.ranks.name}"] = self.rule
+        if self.training is not None:
+            found[f"structure={self.structure.name}"] = self.training
+        return {**found, **self.dynamics}
 
     @property
     def acts(self) -> bool:
         """Whether something has to ride on the optimizer's step; rates by side do not."""
-        rules = [*self.dynamics.values(), *([self.rule] if self.rule else [])]
         phases = ("gradients_ready", "stepped")
-        return any(getattr(type(r), phase) is not getattr(Dynamics, phase) for r in rules for phase in phases)
+        return any(
+            getattr(type(rule), phase) is not getattr(Dynamics, phase)
+            for rule in self.riding.values()
+            for phase in phases
+        )
 
     @property
     def moves_base(self) -> bool:
@@ -195,8 +213,19 @@ def resolve(method: str | Recipe, options: Mapping[str, Any]) -> Resolved:
         ranks.method if ranks else None,
         dict(ranks.options) if ranks else {},
         rule,
+        _own_training(structure),
         {d.name: d.method.build(**d.options) for d in dynamics},
     )
+
+
+def _own_training(structure: Chosen) -> Dynamics | None:
+    """Return what the structure does during training, made with its options."""
+    build = structure.trait("training")
+    if build is None:
+        return None
+    known = {f.name for f in fields(build)}
+    made: Dynamics = build(**{key: value for key, value in structure.options.items() if key in known})
+    return made
 
 
 def _structure(recipe: Recipe, options: Mapping[str, Any]) -> Chosen:

@@ -227,6 +227,7 @@ def structure(
     pairs: str = "",
     sides: bool = False,
     entries: bool = False,
+    training: type | None = None,
     **about: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a structure: `build(site, rank, *, options) -> Weight` (or a Branch, for `activations`).
@@ -251,13 +252,15 @@ def structure(
             gates; or "" if it has none.
         sides: it has trained leaves on the output side and on the input side of a map.
         entries: it has a trained leaf that meets the input itself.
+        training: a class derived from `Dynamics`, made with those of the structure's options that are its
+            fields: what the structure's paper does around every step of the optimizer.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
     traits = {
         "stage": stage, "init": init, "starts": tuple(starts), "rank": rank, "limit": limit,
         "multiple": multiple, "layers": tuple(layers), "plan": plan, "gate": gate, "activations": activations,
         "targets": targets, "example": dict(example or {}), "refuses": tuple(refuses),
-        "pairs": pairs, "sides": sides, "entries": entries,
+        "pairs": pairs, "sides": sides, "entries": entries, "training": training,
     }  # fmt: skip
     return register("structure", name, **about, traits=traits)
 

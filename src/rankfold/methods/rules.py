@@ -62,6 +62,7 @@ class Dynamics:
 
     Derive a dataclass of keyword-only fields, its options, and register it with `@dynamics`. All state lives
     in `run.memory(...)`, which is part of `optimizer.state_dict()`, never on the object.
+    An attribute `needs` names which of total_steps, scheduler, validation and loss `attach` has to be given.
     """
 
     def rate(self, side: str, leaf: Leaf, expression: Weight) -> float:
