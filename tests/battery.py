@@ -14,6 +14,7 @@ then asserts that it refuses aloud. Another package runs the battery over its ow
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -22,15 +23,17 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hosts import KINDS, SHAPES, Blocks, Host, blocks, token_ids
+import torch.nn.functional as F
+from hosts import KINDS, LARGE, SHAPES, Blocks, Host, blocks, token_ids
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,10 +41,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rankfold as rf
 from rankfold.errors import Incompatible, NotDense, RankfoldError
-from rankfold.layers import Adaptation, StructuredLayer, StructuredTransposedLinear, require
+from rankfold.layers import Adaptation, StructuredLayer, StructuredTransposedLinear, carrier, require
 from rankfold.methods.recipe import resolve
+from rankfold.methods.registry import EXACT as EXACT_START
 from rankfold.methods.registry import Method, StepZero
-from rankfold.weights import Gated, Leaf, Normalized, Sum, Weight
+from rankfold.weights import Experts, Gated, Leaf, Normalized, Scaled, Sum, Weight
+from rankfold.weights.competing import Competing
 
 EVERY_KIND = (
     "kaiming",
@@ -50,6 +55,8 @@ EVERY_KIND = (
 )  # an initialiser without data for a zero, a residual and a frame start
 EXACT = 1e-9  # relative to the largest entry, in float64
 HALF = 0.05  # likewise, where bfloat16 is involved
+CALIBRATION = token_ids()  # a batch, for structures that read data
+SOON = {"singlora": {"ramp": 5}}  # options that let a schedule act within a few steps
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,15 @@ class Point:
             return str(self.structure.traits["targets"])
         return "embeddings"
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """What a structure that reads data is given."""
+        return {"data": [CALIBRATION], "progress": False} if self.structure.traits["needs"] else {}
+
+    def blocks(self, dtype: torch.dtype = torch.float32) -> Blocks:
+        """Return the model of blocks; its feed-forward parts are gated modules where those are edited."""
+        return blocks(dtype, gated=self.targets == "gated-mlp")
+
     def refuses(self, host: Host) -> bool:
         """Whether the registration says that a layer is refused."""
         traits = self.structure.traits
@@ -151,10 +167,41 @@ class Check:
     is_slow: bool = False
 
     def __call__(self) -> None:
-        self.run()
+        with inputs_at_hand():
+            self.run()
 
     def __str__(self) -> str:
         return f"{self.point}: {self.name}"
+
+
+class EveryRegion(dict[str, Tensor]):
+    """The left half of an image for every adapter."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.arange(self.width)[None] < self.width / 2
+
+
+@contextlib.contextmanager
+def inputs_at_hand() -> Iterator[None]:
+    """Within the block every forward comes with what gates ask for beside the arguments of the model."""
+    read = carrier.read_inputs
+
+    def with_more(module: nn.Module, *args: Any) -> carrier.ModelInputs:
+        inputs = read(module, *args)
+        inputs.given = {
+            "classes": torch.arange(inputs.batch) % 3, "regions": EveryRegion(inputs.length or 1), **inputs.given
+        }  # fmt: skip
+        return inputs
+
+    with mock.patch.object(carrier, "read_inputs", with_more):
+        yield
 
 
 def points(name: str, **options: Any) -> list[Point]:
@@ -221,6 +268,12 @@ def _layer_checks(point: Point) -> Iterator[Check]:
         yield Check(
             point, "counted multiply-adds are the real ones", partial(counts_its_multiplications, point)
         )
+    if point.has_matrix and not point.refuses(LARGE):
+        yield Check(point, "apply equals dense for many tokens", partial(applies_to_many_tokens, point))
+    if point.has_matrix and point.is_own and not point.refuses(LARGE):
+        for tokens in (256, 4096):
+            sentence = f"keeps no more for backward than its matrix would, nor much: {tokens} tokens"
+            yield Check(point, sentence, partial(keeps_little_for_backward, point, tokens))
 
 
 # Making models ----------------------------------------------------------------------------------------
@@ -228,7 +281,7 @@ def _layer_checks(point: Point) -> Iterator[Check]:
 
 def adapted(point: Point, model: nn.Module, targets: str, **arguments: Any) -> nn.Module:
     """Return the model, adapted in place."""
-    return rf.adapt(model, point.recipe, targets=targets, **{"rank": point.rank, **arguments})
+    return rf.adapt(model, point.recipe, targets=targets, **{"rank": point.rank, **point.data, **arguments})
 
 
 def adapted_layer(
@@ -240,7 +293,7 @@ def adapted_layer(
 
 def adapted_blocks(point: Point, dtype: torch.dtype = torch.float32, **arguments: Any) -> Blocks:
     """Return the adapted model of blocks, moved away from its start."""
-    return disturbed(adapted(point, blocks(dtype), point.targets, **arguments))  # type: ignore[return-value]
+    return disturbed(adapted(point, point.blocks(dtype), point.targets, **arguments))  # type: ignore[return-value]
 
 
 def disturbed(model: nn.Module, seed: int = 7, size: float = 0.3) -> nn.Module:
@@ -289,14 +342,30 @@ def gradients(output: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((output * weights).sum(), tensors, allow_unused=True))
 
 
+def learning_apart(model: nn.Module) -> set[int]:
+    """Return the identities of parameters that the loss gives no gradient."""
+    found: set[int] = set()
+    for name, adapter in require(model).adapters.items():
+        leaves = resolve(rf.Recipe.from_dict(adapter.record["recipe"]), {}).structure.traits["apart"]
+        owned = require(model).owned(name).items()
+        found |= {id(getattr(*place)) for key, place in owned if key.rpartition(":")[2] in leaves}
+    return found
+
+
 def loss_gradients(model: nn.Module, *batches: Tensor) -> dict[str, Tensor]:
     """Return the gradients after one backward over several forwards."""
     model.zero_grad()
     sum(model(batch).float().square().mean() for batch in batches).backward()  # type: ignore[union-attr]
     found = {name: p.grad for name, p in trainable(model).items()}
-    missing = [name for name, grad in found.items() if grad is None]
+    apart = learning_apart(model)
+    missing = [name for name, p in trainable(model).items() if p.grad is None and id(p) not in apart]
     assert not missing, f"no gradient reaches {missing}"
     return {name: grad.clone() for name, grad in found.items() if grad is not None}
+
+
+def half_of(point: Point) -> float:
+    """Return how far bfloat16 may be off: without bound where rounding changes what a method chooses."""
+    return float("inf") if point.structure.traits["chooses"] else HALF
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
@@ -364,7 +433,7 @@ def declares_its_parts(point: Point) -> None:
     if point.on_activations:
         return
     traits = point.structure.traits
-    for expression in require(adapted(point, blocks(), point.targets)).expressions("default").values():
+    for expression in require(adapted(point, point.blocks(), point.targets)).expressions("default").values():
         pairs = list(expression.pairs())
         kinds = {"terms"} if any(pair.additive for pair in pairs) else {"parts"} if pairs else {""}
         assert {traits["pairs"]} == kinds, f"its pairs are {kinds}, not {traits['pairs']!r}"
@@ -378,7 +447,7 @@ def refuses_other_inits(point: Point) -> None:
     for init in rf.methods("init"):
         if not _accepts(point.structure, init, point.options):
             with pytest.raises(Incompatible, match=re.escape(init.name)):
-                adapted(Point(point.structure, init, point.options), blocks(), point.targets)
+                adapted(Point(point.structure, init, point.options), point.blocks(), point.targets)
 
 
 # One layer --------------------------------------------------------------------------------------------
@@ -397,7 +466,10 @@ def refuses_aloud(point: Point, host: Host) -> None:
 def starts_as_promised(point: Point, host: Host) -> None:
     """Step 0 is what was promised."""
     x, base = host.input(torch.float32), host.model(torch.float32)
-    assert_start(point.start, adapted_layer(point, host, torch.float32)(x), base(x))
+    model, promise = adapted_layer(point, host, torch.float32), point.start
+    if promise.square and len(set(expression_of(model).shape)) > 1:
+        promise = EXACT_START
+    assert_start(promise, model(x), base(x))
 
 
 def assert_start(promise: StepZero, output: Tensor, base: Tensor) -> None:
@@ -461,7 +533,7 @@ def has_true_gradients(point: Point, host: Host) -> None:
     """Gradients are those of finite differences."""
     model, x = disturbed(adapted_layer(point, host)), host.input()
     for module in model.modules():
-        if isinstance(module, Normalized):
+        if isinstance(module, Normalized | Competing):
             module.detach = False  # a norm that autograd takes for a constant has another gradient by design
     tensors = [*trainable(model).values(), *([x] if x.requires_grad else [])]
 
@@ -557,6 +629,47 @@ def multiplications(expression: Weight, tokens: int) -> int:
     return int(counter.get_total_flops()) // 2
 
 
+def applies_to_many_tokens(point: Point) -> None:
+    """Apply equals dense, forward and backward, where tokens are many and another order is the cheapest."""
+    assert_applies_matrix(disturbed(adapted_layer(point, LARGE)), LARGE.input())
+
+
+def keeps_little_for_backward(point: Point, tokens: int) -> None:
+    """What autograd keeps is at most that of the dense way, and 1.6 times that of the frozen layer.
+
+    To both are added four numbers for every token and unit of rank, the method's own small activations.
+    The layer stands between functions that keep what they are given, as most layers do; so the frozen model
+    keeps input and output, but not what the layer itself is given.
+    """
+    model, frozen = disturbed(adapted_layer(point, LARGE, torch.float32)).train(), LARGE.model(torch.float32)
+    x, expression = torch.randn(tokens, 48, requires_grad=True), expression_of(model)
+    kept = kept_for_backward(model, model, x)
+    dense = kept_for_backward(lambda hidden: F.linear(hidden, expression.dense().to(hidden.dtype)), model, x)
+    floor = kept_for_backward(frozen.requires_grad_(False), frozen, x)
+    own = 4 * tokens * (point.rank or 0) * x.element_size()
+    if point.options.get("dropout"):
+        own += x.nbytes + x.numel()  # of every input, what is let through and where
+    assert kept <= dense + own, f"{kept} bytes are kept, {dense} if the matrix is formed"
+    assert kept <= 1.6 * floor + own, f"{kept} bytes are kept, {floor} by the frozen layer"
+
+
+def kept_for_backward(layer: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> int:
+    """Return the bytes that autograd keeps, every memory once, the model's own tensors left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = F.silu(layer(F.silu(x)))  # alive until all is counted, so that no address comes twice
+    assert output.requires_grad
+    return sum(found.values())
+
+
 LAYER_CHECKS = (
     starts_as_promised,
     applies_its_matrix,
@@ -576,13 +689,14 @@ LAYER_CHECKS = (
 def starts_as_promised_in_blocks(point: Point) -> None:
     """Step 0 of a whole model is what was promised."""
     ids = token_ids()
-    model = adapted(point, blocks(), point.targets)
-    assert_start(point.start, model(ids), blocks()(ids))
+    model = adapted(point, point.blocks(), point.targets)
+    assert_start(point.start, model(ids), point.blocks()(ids))
 
 
 def trains_what_it_declares(point: Point) -> None:
     """Gradients reach exactly what is declared to train."""
-    model = adapted_blocks(point)
+    model = adapted(point, point.blocks(), point.targets)
+    disturbed(model, size=0.03)  # so that nothing is saturated
     adaptation = require(model)
     places = {id(getattr(owner, name)): key for key, (owner, name) in adaptation.owned("default").items()}
     loss_gradients(model, token_ids())
@@ -590,23 +704,24 @@ def trains_what_it_declares(point: Point) -> None:
         assert parameter.requires_grad == (id(parameter) in places), f"{name}: requires_grad"
         grad = parameter.grad
         assert parameter.requires_grad or grad is None, f"{name} is frozen and got a gradient"
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in learning_apart(model):
             assert grad is not None, f"{name} got no gradient"
             assert grad.isfinite().all(), f"{name} got a gradient that is not finite"
             assert grad.any(), f"{name} got a gradient of zeros"
     total = sum(p.numel() for p in trainable(model).values())
-    planned = rf.plan(blocks(), point.recipe, targets=point.targets, rank=point.rank)
+    planned = rf.plan(point.blocks(), point.recipe, targets=point.targets, rank=point.rank, **point.data)
     assert rf.summary(model).trainable == planned.trainable == total
 
 
 def learns(point: Point) -> None:
     """A few steps of training lower the loss."""
-    model, ids = adapted(point, blocks(), point.targets).train(), token_ids()
-    wanted = blocks()(ids).detach() + torch.randn(
+    point = replace(point, options={**point.options, **SOON.get(point.structure.name, {})})
+    model, ids = adapted(point, point.blocks(), point.targets).train(), token_ids()
+    wanted = point.blocks()(ids).detach() + torch.randn(
         3, ids.shape[1], 4, generator=torch.Generator().manual_seed(2)
     )
     optimizer = torch.optim.Adam(trainable(model).values(), lr=0.02)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), rf.attach(model, optimizer, total_steps=25):
         losses = [_step(model, optimizer, ids, wanted) for _ in range(25)]
     assert losses[-1] < 0.98 * losses[0], f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
 
@@ -623,26 +738,39 @@ def is_the_change_where_its_gate_is_open(point: Point) -> None:
     """A gated term is its matrix where the gate is open, and nothing where it is closed."""
     if not point.is_gated or point.on_activations:
         return
-    model, ids = adapted_blocks(point, torch.float64), token_ids()
+    model, ids = adapted_blocks(point, torch.float64).eval(), token_ids()
     model(ids)
     path, expression = next(iter(require(model).expressions("default").items()))
-    gates = next(m for m in expression.modules() if isinstance(m, Gated))
-    open_at = gates.gates.current[gates.key]
-    assert open_at.any(), "the gate is closed everywhere"
-    assert not open_at.all(), "the gate is open everywhere"
     x = normal_tensor(*ids.shape, expression.shape[1])
-    assert_close(expression(x), _gated(expression, x, open_at), EXACT, f"{path} by its gate")
-    base = x @ require(model).layers[path].matrix().T
-    assert torch.equal(expression(x)[~open_at.bool()], base[~open_at.bool()]), "a closed gate lets through"
+    assert_close(expression(x), _gated(expression, x), EXACT, f"{path} by its gate")
+    gated = [m for m in expression.modules() if isinstance(m, Gated)]
+    if gated:
+        open_at = torch.stack([m.gates.read(m.key, x)[..., m.expert] for m in gated]).bool()
+        assert open_at.any(), "the gates are closed everywhere"
+        assert not open_at.all(), "the gates are open everywhere"
+        closed = ~open_at.any(0).expand(x.shape[:-1])
+        plain = Sum(*(term for term in expression.parts() if not isinstance(term, Gated)))  # type: ignore[operator]
+        assert torch.equal(expression(x)[closed], plain(x)[closed]), "a closed gate lets through"
 
 
-def _gated(expression: Weight, x: Tensor, gate: Tensor) -> Tensor:
+def _gated(expression: Weight, x: Tensor) -> Tensor:
     assert isinstance(expression, Sum), "a gate stands on the terms of a sum"
     total = torch.zeros((), dtype=x.dtype)
     for term in expression.parts():
-        inner = term.inner if isinstance(term, Gated) else term
-        y = x @ inner.dense().T  # type: ignore[operator,union-attr]
-        total = total + (y * gate[..., None] if isinstance(term, Gated) else y)
+        factor: Any = 1.0
+        while isinstance(term, Scaled):
+            factor, term = factor * term.factor(), term.inner
+        if isinstance(term, Gated):
+            gate = term.gates.read(term.key, x)[..., term.expert, None]
+            total = total + factor * gate * (x @ term.inner.dense().T)
+        elif isinstance(term, Experts):
+            gates = term.choose.gates_for(x)
+            ups = term.up.tensor().chunk(gates.shape[-1], 1)
+            downs = term.down.tensor().chunk(gates.shape[-1], 0)
+            for e, (up, down) in enumerate(zip(ups, downs, strict=True)):
+                total = total + factor * gates[..., e, None] * (x @ down.T @ up.T)
+        else:
+            total = total + factor * (x @ term.dense().T)
     return total
 
 
@@ -659,12 +787,12 @@ def folds_in_blocks(point: Point) -> None:
         return
     rf.fold(model)
     assert_close(model(ids), wanted, 1e-4, "the folded output")
-    assert list(model.state_dict()) == list(blocks().state_dict()), "names of the state_dict"
+    assert list(model.state_dict()) == list(point.blocks().state_dict()), "names of the state_dict"
 
 
 def is_removed_from_blocks(point: Point) -> None:
     """Remove restores a whole model bit for bit."""
-    model, ids = blocks(), token_ids()
+    model, ids = point.blocks(), token_ids()
     list(model.parameters())[1].requires_grad_(False)
     before, wanted = snapshot(model), model(ids)
     adapted(point, model, point.targets)
@@ -735,7 +863,7 @@ def is_determined_by_its_seed(point: Point) -> None:
         random.getstate(),
         np.random.get_state(legacy=True),  # noqa: NPY002 - that it is not touched is the point
     )
-    model = blocks()
+    model = point.blocks()
     with Draws() as draws:
         adapted(point, model, point.targets, seed=3)
     first = start_values(model)
@@ -743,8 +871,8 @@ def is_determined_by_its_seed(point: Point) -> None:
     assert random.getstate() == python_state, "Python's global generator was used"
     assert np.array_equal(np.random.get_state(legacy=True)[1], numpy_state[1]), "numpy's was used"  # noqa: NPY002
     assert not draws.unseeded, "something was drawn without a generator"
-    assert_same(start_values(adapted(point, blocks(), point.targets, seed=3)), first, "the same seed")
-    other = start_values(adapted(point, blocks(), point.targets, seed=4))
+    assert_same(start_values(adapted(point, point.blocks(), point.targets, seed=3)), first, "the same seed")
+    other = start_values(adapted(point, point.blocks(), point.targets, seed=4))
     differs = any(not torch.equal(other[key], first[key]) for key in first)
     assert differs == bool(draws.seeded), (
         f"another seed {'changed' if differs else 'did not change'} the start"
@@ -755,33 +883,35 @@ def starts_each_weight_by_itself(point: Point) -> None:
     """A weight's start does not depend on which others are adapted."""
     if point.structure.traits["plan"] is not None:
         return
-    all_of_them = start_values(adapted(point, blocks(), point.targets))
+    all_of_them = start_values(adapted(point, point.blocks(), point.targets))
     path = sorted(all_of_them)[-1].partition(":")[0]
-    alone = start_values(adapted(point, blocks(), path))
+    alone = start_values(adapted(point, point.blocks(), path))
     assert_same(alone, {key: all_of_them[key] for key in alone}, "adapted alone")
 
 
 def keeps_float32_over_bfloat16(point: Point) -> None:
     """Over a bfloat16 base factors and gradients are float32, and results close to float32's."""
     ids = token_ids()
-    half, full = blocks(torch.bfloat16), blocks(torch.bfloat16).float()
+    half, full = point.blocks(torch.bfloat16), point.blocks(torch.bfloat16).float()
     half, full = (disturbed(adapted(point, model, point.targets)) for model in (half, full))
     wrong = [name for name, p in trainable(half).items() if p.dtype != torch.float32]
     assert not wrong, f"{wrong} are not float32"
     output, wanted = half(ids), full(ids)
     assert output.dtype == torch.bfloat16, f"the output is {output.dtype}"
-    assert_close(output, wanted, HALF, "the output")
-    assert_gradients_close(loss_gradients(half, ids), loss_gradients(full, ids))
+    assert_close(output, wanted, half_of(point), "the output")
+    assert_gradients_close(loss_gradients(half, ids), loss_gradients(full, ids), 2 * half_of(point))
 
 
-def assert_gradients_close(actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def assert_gradients_close(
+    actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tolerance: float
+) -> None:
     """Assert float32, finite gradients that point the same way."""
     for name, grad in actual.items():
         assert grad.dtype == torch.float32, f"the gradient of {name} is {grad.dtype}"
         assert grad.isfinite().all(), f"the gradient of {name} is not finite"
     flat, expected = (torch.cat([g.flatten() for g in each.values()]) for each in (actual, wanted))
     error = (flat - expected).norm() / expected.norm()
-    assert error < 2 * HALF, f"the gradients are off by {error:.1e} of their norm"
+    assert error < tolerance, f"the gradients are off by {error:.1e} of their norm"
 
 
 def runs_under_autocast(point: Point) -> None:
@@ -791,12 +921,12 @@ def runs_under_autocast(point: Point) -> None:
     few = ids[:1, :2]  # they take another order of evaluation
     wanted_few = model(few).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        assert_close(model(ids), wanted, HALF, "the output")
-        assert_close(model(few), wanted_few, HALF, "the output for few tokens")
+        assert_close(model(ids), wanted, half_of(point), "the output")
+        assert_close(model(few), wanted_few, half_of(point), "the output for few tokens")
         actual = loss_gradients(model, ids)
-    assert_gradients_close(actual, expected)
+    assert_gradients_close(actual, expected, 2 * half_of(point))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert_close(model(ids), wanted, HALF, "the output without gradients")
+        assert_close(model(ids), wanted, half_of(point), "the output without gradients")
     assert_close(model(ids), wanted, 1e-6, "the output after autocast")
 
 
@@ -805,13 +935,14 @@ def compiles(point: Point) -> None:
     model, ids = adapted_blocks(point), token_ids()
     expected, wanted = model(ids).detach(), loss_gradients(model, ids)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=point.structure.traits["one_graph"], backend="aot_eager")
     assert_close(compiled(ids), expected, 1e-5, "the compiled output")
     model.zero_grad()
     compiled(ids).square().mean().backward()
     for name, parameter in trainable(model).items():
-        assert parameter.grad is not None, f"no gradient reaches {name}"
-        assert_close(parameter.grad, wanted[name], 1e-4, f"the compiled gradient of {name}")
+        assert (parameter.grad is not None) == (name in wanted), f"no gradient reaches {name}"
+        if parameter.grad is not None:
+            assert_close(parameter.grad, wanted[name], 1e-4, f"the compiled gradient of {name}")
     torch._dynamo.reset()
 
 
@@ -836,8 +967,8 @@ def keeps_its_state(point: Point) -> None:
     torch.save(model.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    assert set(blocks().state_dict()) <= set(state), "names of the base are missing"
-    other = adapted(point, blocks(), point.targets)
+    assert set(point.blocks().state_dict()) <= set(state), "names of the base are missing"
+    other = adapted(point, point.blocks(), point.targets)
     with torch.no_grad():
         assert not torch.equal(other(ids), model(ids))
     other.load_state_dict(state, strict=True)
@@ -852,7 +983,7 @@ def sees_every_change(point: Point) -> None:
         with torch.no_grad():
             model(ids), model(ids)
         change(model)
-        fresh = adapted(point, blocks(), point.targets)
+        fresh = adapted(point, point.blocks(), point.targets)
         fresh.load_state_dict(model.state_dict())
         with torch.no_grad():
             assert_close(model(ids), fresh(ids), 1e-5, f"the output after a change {change.__name__}")
@@ -867,11 +998,13 @@ def _in_place(model: nn.Module) -> None:
 def _by_optimizer(model: nn.Module) -> None:
     model.zero_grad()
     model(token_ids()).sum().backward()
+    torch.nn.utils.clip_grad_norm_(trainable(model).values(), 1.0)  # a large scaling would overflow
     torch.optim.SGD(trainable(model).values(), lr=0.1).step()
 
 
 def _by_loading(model: nn.Module) -> None:
-    model.load_state_dict({key: 1.1 * value for key, value in model.state_dict().items()})
+    state = model.state_dict()  # positions are no numbers to be scaled
+    model.load_state_dict({k: 1.1 * v if v.is_floating_point() else v for k, v in state.items()})
 
 
 def _by_data(model: nn.Module) -> None:
@@ -893,7 +1026,7 @@ def is_saved(point: Point) -> None:
     with tempfile.TemporaryDirectory() as folder:
         first, second = Path(folder, "first"), Path(folder, "second")
         rf.save(model, first)
-        loaded = rf.load(blocks(), first)
+        loaded = rf.load(point.blocks(), first)
         assert torch.equal(loaded(ids), model(ids)), "the loaded model gives another output"
         assert list(trainable(loaded)) == list(trainable(model)), "other parameters train"
         assert_same(start_values(loaded), start_values(model), "loaded")
@@ -904,13 +1037,13 @@ def is_saved(point: Point) -> None:
 
 def shares_the_model(point: Point) -> None:
     """Two adapters live in one model, each as if it were alone."""
-    ids, base = token_ids(), blocks()(token_ids())
+    ids, base = token_ids(), point.blocks()(token_ids())
     model = adapted_blocks(point, name="one")
     first = model(ids).detach()
     disturbed(adapted(point, model, point.targets, name="two", seed=1), seed=9)
     second = model(ids).detach()
     assert not torch.equal(first, second)
-    alone = disturbed(adapted(point, blocks(), point.targets, name="two", seed=1), seed=9)
+    alone = disturbed(adapted(point, point.blocks(), point.targets, name="two", seed=1), seed=9)
     assert_close(second, alone(ids).detach(), 1e-6, "the second adapter")
     assert torch.equal(rf.use(model, "one")(ids), first), "the first adapter, used again"
     _use_both(point, model, ids)
@@ -931,7 +1064,8 @@ def _use_both(point: Point, model: nn.Module, ids: Tensor) -> None:
     with torch.no_grad():
         assert_close(both(ids), together, 1e-5, "both adapters without gradients")
         for owner, name in require(both).owned("one").values():  # the one below
-            getattr(owner, name).mul_(1.5)
+            if getattr(owner, name).is_floating_point():
+                getattr(owner, name).mul_(1.5)
         kept = both(ids)
     assert_close(kept, both(ids).detach(), 1e-5, "both adapters without gradients, after a change")
     loss_gradients(both, ids)
@@ -957,13 +1091,13 @@ def is_moved(point: Point) -> None:
     with torch.no_grad():
         model(ids)
         assert_close(model.double()(ids), wanted, 1e-5, "the output in float64")
-        assert_close(model.bfloat16()(ids), wanted, 2 * HALF, "the output in bfloat16")
+        assert_close(model.bfloat16()(ids), wanted, 2 * half_of(point), "the output in bfloat16")
     loss_gradients(model, ids)
 
 
 def refuses_bad_input(point: Point) -> None:
     """Impossible ranks and options are refused in one sentence, and the model stays as it is."""
-    model = blocks()
+    model = point.blocks()
     before = snapshot(model)
     bad: list[dict[str, Any]] = [{"rank": 0}, {"rank": -1}, {"rank": True}, {"rank": 2.5}, {"unheard_of": 1}]
     bad += [{name: float("nan")} for name, default in point.structure.options.items() if _is_number(default)]
@@ -987,7 +1121,7 @@ def _is_number(value: Any) -> bool:
 def _adapt_with(point: Point, model: nn.Module, arguments: dict[str, Any]) -> None:
     given = {k: v for k, v in arguments.items() if k != "rank"}
     recipe = rf.Recipe((point.structure.name, {**point.options, **given}), point.recipe.init)
-    rf.adapt(model, recipe, targets=point.targets, rank=arguments.get("rank", point.rank))
+    rf.adapt(model, recipe, targets=point.targets, rank=arguments.get("rank", point.rank), **point.data)
 
 
 MODEL_CHECKS = (

@@ -71,8 +71,9 @@ class Maker:
     def leaf(self, *shape: int) -> Leaf:
         """Return a leaf from any source."""
         make = self.one_of(
-            self.dense, self.dense, self.pooled, self.gathered, self.seeded, self.mixed, self.masked
-        )
+            self.dense, self.dense, self.pooled, self.gathered, self.seeded, self.mixed, self.masked,
+            self.joined, self.drawn,
+        )  # fmt: skip
         return make(*shape)  # type: ignore[operator,no-any-return]
 
     def dense(self, *shape: int) -> Leaf:
@@ -97,6 +98,16 @@ class Maker:
         """Return a leaf mixed from a bank."""
         return w.Mixture(self.dense(3), self.dense(3, *shape), self.name())
 
+    def joined(self, *shape: int) -> Leaf:
+        """Return a leaf of two halves, either of which may be trained."""
+        cut = shape[0] // 2
+        return w.Joined(self.dense(cut, *shape[1:]), self.dense(shape[0] - cut, *shape[1:]), 0, self.name())
+
+    def drawn(self, *shape: int) -> Leaf:
+        """Return a leaf mixed from matrices that are drawn again whenever they are met."""
+        offset = self.values(*shape) if self.integer(0, 1) else None
+        return w.RandomMixture(self.dense(3), self.name(), shape, self.integer(0, 99), offset)
+
     def masked(self, *shape: int) -> Leaf:
         """Return a leaf of which about half of the entries count."""
         mask = torch.rand(shape, generator=self.generator) < 0.6
@@ -116,8 +127,13 @@ class Maker:
             lambda s: self.base(*s),
             self.block_diagonal,
             self.sparse,
+            self.scattered,
+            self.rectangle,
             self.tucker,
             self.train,
+            self.bases,
+            lambda s: w.Repeated(self.leaf(s[0], self.integer(1, s[1])), s[1]),
+            lambda s: w.Gram(self.leaf(max(s), self.integer(1, 3)), s),
             lambda s: w.Select(self.indices(s[1], s[0]), s[1]),
             lambda s: w.Select(self.indices(s[0], s[1]), s[0]).T,
         ]
@@ -144,12 +160,41 @@ class Maker:
         place = torch.randperm(size, generator=self.generator)[:count]
         return w.Sparse(self.leaf(count), place // shape[1], place % shape[1], shape)
 
+    def scattered(self, shape: Shape) -> Weight:
+        """Return packed entries, some of which are kept only."""
+        size = shape[0] * shape[1]
+        place = torch.randperm(size, generator=self.generator)
+        count = self.integer(1, size)
+        support = [w.Dense(place[:count], self.name(), trainable=False)]
+        return w.Scattered(self.dense(count), support, *self._kept(place[count : count + 2]), shape)
+
+    def rectangle(self, shape: Shape) -> Weight:
+        """Return a sub-matrix of either kind."""
+        orders = [torch.randperm(n, generator=self.generator) for n in shape]
+        chosen = [order[: self.integer(1, len(order))].sort().values for order in orders]
+        support = [w.Dense(part, self.name(), trainable=False) for part in chosen]
+        kind = self.one_of(w.Rectangle, w.ThinRectangle)
+        values = self.dense(*(len(part) for part in chosen))
+        return kind(values, support, *self._kept(torch.zeros(0, dtype=torch.long)), shape)  # type: ignore[operator,no-any-return]
+
+    def _kept(self, positions: Tensor) -> tuple[Leaf, Leaf]:
+        values = w.Dense(self.values(len(positions)), self.name(), trainable=False)
+        return values, w.Dense(positions, self.name(), trainable=False)
+
     def tucker(self, shape: Shape) -> Weight:
         """Return a Tucker map, the columns split into channels and a window where they can be."""
         sizes = [shape[0], *_split(shape[1], self.integer(1, 3))]
         ranks = [min(self.integer(1, 3), size) for size in sizes]
         factors = [self.leaf(size, rank) for size, rank in zip(sizes, ranks, strict=True)]
         return w.Tucker(self.leaf(*ranks), factors)
+
+    def bases(self, shape: Shape) -> Weight:
+        """Return frozen bases with scales between them."""
+        (small, large), count, rank = sorted(shape), self.integer(1, 3), self.integer(1, 3)
+        up, down = self.seeded(large, count, rank), self.seeded(rank, small)
+        return w.ScaledBases(
+            up, down, self.dense(count, rank), self.dense(count, small), wide=shape[1] > shape[0]
+        )
 
     def train(self, shape: Shape) -> Weight:
         """Return a tensor train."""

@@ -95,6 +95,7 @@ SHAPES = (
     _linear("rank-deficient", 6, 8, _of_rank_two),
     _linear("all-zero", 6, 4, torch.zeros_like),
 )
+LARGE = Host("large", "linear", lambda: nn.Linear(48, 64), normal(256, 48))
 KINDS = (
     Host("linear without bias", "linear", lambda: nn.Linear(6, 8, bias=False), normal(3, 6)),
     Host("transposed linear", "linear", _transposed, normal(3, 8)),
@@ -135,18 +136,48 @@ class Block(nn.Module):
         return hidden + self.down(F.gelu(self.up(hidden)))
 
 
+class GatedFeedForward(nn.Module):
+    """A gated feed-forward block with the usual names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(WIDTH, INNER, bias=False), nn.Linear(WIDTH, INNER)
+        self.down_proj, self.act_fn = nn.Linear(INNER, WIDTH, bias=False), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (batch, token, width)."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class GatedBlock(nn.Module):
+    """A residual block whose feed-forward part is a gated module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = nn.Linear(WIDTH, WIDTH), GatedFeedForward()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the next hidden states (batch, token, width)."""
+        hidden = hidden + torch.tanh(self.attention(hidden))
+        return hidden + self.mlp(hidden)  # type: ignore[no-any-return]
+
+
 class Blocks(nn.Module):
     """Token ids (batch, token) through an embedding and two blocks to logits (batch, token, 4).
+
+    Args:
+        gated: whether the feed-forward parts are gated modules.
 
     Attributes:
         reentrant: None computes plainly; otherwise blocks are checkpointed, in the reentrant way if true.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, gated: bool = False) -> None:
         super().__init__()
         self.config = SimpleNamespace(hidden_size=WIDTH)
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList([Block(), Block()])
+        block = GatedBlock if gated else Block
+        self.blocks = nn.ModuleList([block(), block()])
         self.lm_head = nn.Linear(WIDTH, 4)
         self.reentrant: bool | None = None
 
@@ -163,11 +194,11 @@ class Blocks(nn.Module):
         return self.lm_head(hidden)  # type: ignore[no-any-return]
 
 
-def blocks(dtype: torch.dtype = torch.float32) -> Blocks:
+def blocks(dtype: torch.dtype = torch.float32, *, gated: bool = False) -> Blocks:
     """Return the model of blocks, with the same values every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Blocks().to(dtype).eval()
+        return Blocks(gated=gated).to(dtype).eval()
 
 
 def token_ids(seed: int = 0) -> Tensor:

@@ -21,6 +21,7 @@ def _parameters(checks: list[Check]) -> list[Any]:
     return [pytest.param(c, id=str(c), marks=[pytest.mark.slow] if c.is_slow else []) for c in checks]
 
 
+@pytest.mark.filterwarnings("ignore::rankfold.layers.adaptation.NeverAttached")
 @pytest.mark.parametrize(
     "check", [p for method in rf.methods("structure") for p in _parameters(check_method(method.name))]
 )
@@ -41,6 +42,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("lora", {"dropout": 0.1}),
     ("lora", {"rank_stabilised": True}),
     ("lora-xs", {"std": 0.1}),
+    ("losia-pro", {"factor": 0.5}),
     ("uni-lora", {"length": 7}),
     ("vera", {"d_initial": 1.0}),
 ]
@@ -49,6 +51,7 @@ SENTENCES = (
     "apply equals dense",
     "gradients are",
     "counted",
+    "keeps no more",
     "fold equals",
     "remove",
     "saving",
@@ -179,7 +182,12 @@ class Shared(Wrong):
         return self.read() @ self.down.tensor()
 
 
-class Breaking(Wrong):
+class NeverFormed(Wrong):
+    def dense_macs(self) -> int:
+        return 10**9
+
+
+class Breaking(NeverFormed):
     def map(self, x: Tensor) -> Tensor:
         return super().map(x) * float(bool(x.sum() > -1e9))
 
@@ -192,6 +200,11 @@ class OnlyMatrices(Wrong):
 class Undercounted(Wrong):
     def macs(self, tokens: int) -> int:
         return 0
+
+
+class Hoarding(NeverFormed):
+    def map(self, x: Tensor) -> Tensor:
+        return super().map(x.exp().log())
 
 
 class HalfPrecision(Wrong):
@@ -217,6 +230,7 @@ MISTAKES = [
     (Breaking, "it compiles"),
     (OnlyMatrices, "inputs may have any"),
     (Undercounted, "counted multiply-adds"),
+    (Hoarding, "keeps no more"),
     (HalfPrecision, "over a bfloat16 base"),
 ]
 

@@ -3,11 +3,22 @@
 from . import errors, weights
 from .errors import RankfoldError
 from .formats import Report, export
-from .layers import Summary, checkpoint, disabled, fold, remove, summary, use
+from .layers import (
+    Summary,
+    auxiliary_loss,
+    checkpoint,
+    disabled,
+    fold,
+    gate_inputs,
+    remove,
+    summary,
+    use,
+)
 from .methods import (
     Method,
     Plan,
     Recipe,
+    absorb,
     adapt,
     attach,
     find_method,
@@ -16,6 +27,7 @@ from .methods import (
     param_groups,
     parse_point,
     plan,
+    remix_loss,
     save,
     squeeze,
 )
@@ -33,8 +45,10 @@ __all__ = [
     "Summary",
     "TrainerCallback",
     "__version__",
+    "absorb",
     "adapt",
     "attach",
+    "auxiliary_loss",
     "checkpoint",
     "collect",
     "disabled",
@@ -42,11 +56,13 @@ __all__ = [
     "export",
     "find_method",
     "fold",
+    "gate_inputs",
     "load",
     "methods",
     "param_groups",
     "parse_point",
     "plan",
+    "remix_loss",
     "remove",
     "save",
     "squeeze",

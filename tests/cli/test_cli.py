@@ -185,6 +185,19 @@ def test_a_dry_run_shows_modules_and_memory_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recipe_of_the_catalogue_is_a_method(
+    llama: str, notes: str, tmp_path: Path, capsys: Capture
+) -> None:
+    method = ["--method", "ecg-lora", *FLAGS]
+    command = ["adapt", llama, "--data", notes, "--out", str(tmp_path / "out"), *method]
+    assert main([*command, "--set", "structure.alpha=4", "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    names = {module["path"].rpartition(".")[2] for module in plan["modules"]}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["method"] == "ecg-lora"
+
+
 def test_the_catalogue_is_listed_and_every_method_has_a_page(capsys: Capture) -> None:
     assert main(["methods", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)

@@ -10,7 +10,7 @@ from typing import Any
 
 import peft
 import torch
-from battery import adapted_blocks, points
+from battery import adapted_blocks, inputs_at_hand, points
 from hosts import blocks, token_ids
 from layers.models import made, perturb
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def saved(folder: Path, method: str = "lora", **options: Any) -> Path:
 
 def output(model: nn.Module) -> Tensor:
     """Return the model's output for fixed ids."""
-    with torch.no_grad():
+    with torch.no_grad(), inputs_at_hand():
         return model(token_ids())  # type: ignore[no-any-return]
 
 

@@ -15,7 +15,9 @@ from torch import nn
 import rankfold as rf
 from rankfold.errors import NotDense, UnsupportedLayer
 
-METHODS = [m.name for m in rf.methods("structure") if m.name not in ("alora", "reft")]
+METHODS = [
+    m.name for m in rf.methods("structure") if not m.traits["activations"] and m.traits["gate"] is None
+]
 STOCK = {"llama": hf.AutoModelForCausalLM, "gpt2": hf.AutoModelForCausalLM,
          "bert": hf.AutoModelForSequenceClassification}  # fmt: skip
 
@@ -77,10 +79,11 @@ def test_a_plain_module_is_exported_as_its_tensors(tmp_path: Path) -> None:
 
 
 def test_a_change_without_a_matrix_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    for method in ("reft", "alora"):
-        options = {"invocation": (1,)} if method == "alora" else {}
-        with pytest.raises(NotDense):
-            rf.export(adapted("llama", method, **options), tmp_path / "out", "dense")
+    without = [m for m in rf.methods("structure") if m.name not in METHODS and not m.traits["needs"]]
+    assert {m.name for m in without} >= {"alora", "reft", "mixture"}
+    for method in without:
+        with pytest.raises(NotDense, match=f"{method.name} (acts|differs)|differs from token to token"):
+            rf.export(adapted("llama", method.name, **method.traits["example"]), tmp_path / "out", "dense")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -164,5 +164,5 @@ def test_notes_cannot_break_the_table(tmp_path: Path) -> None:
 def test_every_method_has_a_card(method: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "adapter", method)
     assert method in front_matter(folder)["tags"]
-    record = require(rf.load(blocks(), folder)).adapter().record
+    record = require(rf.load(points(method)[0].blocks(), folder)).adapter().record
     assert record["recipe"]["structure"][0] == method

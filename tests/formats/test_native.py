@@ -29,7 +29,7 @@ TRAINED_WHOLE = ("lm_head",)
 def test_loading_restores_every_tensor_bit_for_bit(point: Point, tmp_path: Path) -> None:
     model = adapted_blocks(point, train=TRAINED_WHOLE)
     rf.save(model, tmp_path / "first")
-    loaded = rf.load(blocks(), tmp_path / "first")
+    loaded = rf.load(point.blocks(), tmp_path / "first")
     wanted = native.tensors_of(require(model), "default")
     found = native.tensors_of(require(loaded), "default")
     assert list(found) == list(wanted)
@@ -43,7 +43,7 @@ def test_loading_restores_every_tensor_bit_for_bit(point: Point, tmp_path: Path)
 @pytest.mark.parametrize("point", POINTS, ids=str)
 def test_a_file_holds_the_adapter_and_nothing_of_the_base(point: Point, tmp_path: Path) -> None:
     model = adapted_blocks(point)
-    held = {tensor.numpy().tobytes() for tensor in blocks().state_dict().values()}
+    held = {tensor.numpy().tobytes() for tensor in point.blocks().state_dict().values()}
     tensors = load_file(rf.save(model, tmp_path / "adapter") / native.TENSORS)
     assert not any(tensor.numpy().tobytes() in held for tensor in tensors.values())
     known = {"shared", *(name for name, _ in model.named_modules())}
@@ -56,7 +56,7 @@ def test_loading_decomposes_and_draws_nothing(
 ) -> None:
     model = adapted_blocks(point)
     rf.save(model, tmp_path / "adapter")
-    fresh = blocks()
+    fresh = point.blocks()
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a decomposition while loading")

@@ -106,6 +106,15 @@ def test_token_by_token_equals_the_full_forward(model: Any) -> None:
     torch.testing.assert_close(torch.stack(steps, 1)[1, :4], full[1, 2:6], atol=1e-5, rtol=1e-4)
 
 
+def test_an_invocation_in_the_prompt_is_known_with_a_cache_that_the_model_has_made_itself(model: Any) -> None:
+    ids = prompt()
+    invoked(model)
+    full = model(ids).logits
+    cache = model(ids[:, :8], use_cache=True).past_key_values
+    last = model(ids[:, 8:], past_key_values=cache).logits
+    torch.testing.assert_close(last[:, 0], full[:, 8], atol=1e-5, rtol=1e-4)
+
+
 # reft -------------------------------------------------------------------------------------------------
 
 

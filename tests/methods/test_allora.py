@@ -121,10 +121,13 @@ def test_what_was_trained_folds_and_is_taken_away() -> None:
 
 
 def test_alpha_and_dropout_are_refused() -> None:
-    with pytest.raises(Incompatible, match=r"0: allora works without alpha, and the change is scaled by 4"):
-        Training(recipe("allora", ("lora", {"alpha": 8.0})))
-    with pytest.raises(Incompatible, match="0: allora works without dropout"):
-        Training(recipe("allora", ("lora", {"dropout": 0.1})))
+    for act in (rf.adapt, rf.plan):
+        model = perceptron()
+        with pytest.raises(Incompatible, match=r"0: allora works without alpha, and .* is scaled by 4"):
+            act(model, "lora/allora", rank=2, targets="all-linear", alpha=8.0)
+        with pytest.raises(Incompatible, match="0: allora works without dropout"):
+            act(model, "lora/allora", rank=2, targets="all-linear", dropout=0.1)
+        assert type(model[0]) is torch.nn.Linear  # type: ignore[index]
 
 
 def test_an_eta_that_is_not_positive_is_refused() -> None:

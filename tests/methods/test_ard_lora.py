@@ -168,5 +168,5 @@ def test_the_amount_gets_no_weight_decay() -> None:
 
 @pytest.mark.parametrize("options", [{"penalty": -1.0}, {"variation": -1.0}, {"most": 0.5}])
 def test_impossible_options_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(InvalidOption, match="ard-lora needs"):
+    with pytest.raises(InvalidOption, match=f"ard-lora: {next(iter(options))} must be"):
         adapted(**options)

@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import pickle
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import rankfold as rf
 from rankfold.errors import Incompatible, InvalidOption, NotAdapted
 from rankfold.layers import NeverAttached
 from rankfold.methods import registry
-from rankfold.methods.attach import Attached
+from rankfold.methods.attach import Attached, TotalStepsChanged
 from rankfold.methods.rules import Dynamics
 from rankfold.methods.run import MEMORY, Run
 
@@ -263,6 +264,45 @@ def test_a_method_that_needs_the_total_steps_names_itself_and_them(point: str, n
     model = adapted(point)
     with pytest.raises(InvalidOption, match=f"{name} needs total_steps: pass total_steps= to attach"):
         rf.attach(model, optimizer_of(model))
+
+
+def test_what_is_no_scheduler_is_refused() -> None:
+    model = adapted(recipe("periodic-lora", interval=2, restart_schedule=True))
+    with pytest.raises(InvalidOption, match="scheduler must be one of PyTorch's or a wrapper of it, not 'x'"):
+        rf.attach(model, optimizer_of(model), scheduler="x")
+
+
+@pytest.mark.parametrize("loaded_after", [False, True])
+def test_going_on_with_another_total_warns_once_by_the_methods_that_it_moves(loaded_after: bool) -> None:
+    first = adapted("lora/adalora")
+    optimizer = optimizer_of(first)
+    rf.attach(first, optimizer, total_steps=20)
+    run(first, optimizer, 2)
+    second = adapted("lora/adalora")
+    again = optimizer_of(second)
+    if not loaded_after:
+        again.load_state_dict(filed(optimizer))
+    with warnings.catch_warnings(record=True) as caught:
+        rf.attach(second, again, total_steps=40)
+        if loaded_after:
+            again.load_state_dict(filed(optimizer))
+        run(second, again, 3)
+    sentences = [str(found.message) for found in caught if found.category is TotalStepsChanged]
+    assert sentences == [
+        "the training was begun with total_steps=20 and goes on with 40: adalora follows the new total"
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_going_on_with_the_same_total_or_where_none_is_read_does_not_warn() -> None:
+    for point, totals in (("lora/adalora", (20, 20)), (recipe("relora", interval=4, warmup=2), (20, 40))):
+        first, second = adapted(point), adapted(point)
+        optimizer, again = optimizer_of(first), optimizer_of(second)
+        rf.attach(first, optimizer, total_steps=totals[0])
+        run(first, optimizer, 2)
+        again.load_state_dict(filed(optimizer))
+        rf.attach(second, again, total_steps=totals[1])
+        run(second, again, 2)
 
 
 def test_a_failed_attempt_leaves_the_optimizer_free() -> None:
@@ -586,6 +626,41 @@ def test_squeezing_under_a_handle_and_a_second_optimizer_are_refused() -> None:
         rf.attach(model, torch.optim.AdamW(rf.param_groups(model, lr=1e-2)))
     handle.remove()
     rf.squeeze(model, 1, name="shrinking")
+
+
+def test_folding_under_a_handle_is_refused_and_works_after_it() -> None:
+    model, optimizer, handle = two_adapters()
+    take_step(model, optimizer)
+    with pytest.raises(Incompatible, match=r"'shrinking' .*attached to an optimizer; remove\(\) the handle"):
+        rf.fold(model)
+    copied = rf.fold(copy.deepcopy(model))  # the handle acts on the model that it was made for
+    handle.remove()
+    rf.fold(model)
+    assert torch.equal(model(torch.ones(2, 6)), copied(torch.ones(2, 6)))
+
+
+@pytest.mark.parametrize("point", POINTS.values(), ids=POINTS)
+def test_a_handle_whose_adapter_was_removed_lets_go_without_acting(point: Any) -> None:
+    model = adapted(point)
+    optimizer = optimizer_of(model)
+    handle = rf.attach(model, optimizer, total_steps=2)
+    run(model, optimizer, 2)
+    rf.remove(model)
+    ranks = [pair.rank for pair in begun(handle).pairs]
+    handle.remove()
+    assert [pair.rank for pair in begun(handle).pairs] == ranks
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_handle_does_not_act_on_another_adapter_of_its_adapters_name() -> None:
+    model, optimizer, handle = two_adapters()
+    take_step(model, optimizer)
+    rf.remove(model, "shrinking")
+    rf.adapt(model, "lora", rank=2, targets=["0"], name="shrinking")
+    with pytest.raises(Incompatible, match="is not in use"):
+        take_step(model, optimizer)
+    handle.remove()
+    take_step(model, optimizer)
 
 
 @pytest.mark.parametrize("optimizer", [None, "adam", torch.optim.AdamW])

@@ -183,5 +183,5 @@ def test_a_generator_that_runs_out_is_refused_and_the_model_is_as_it_was() -> No
 
 
 def test_impossible_numbers_are_refused() -> None:
-    with pytest.raises(InvalidOption, match="steps >= 1"):
+    with pytest.raises(InvalidOption, match="autolora's search: steps must be at least 1, not 0"):
         search(rf.adapt(net(), "lora", rank=2), [], [], steps=0)

@@ -177,5 +177,5 @@ def test_it_runs_on_every_kind_of_layer(host: Host) -> None:
 
 @pytest.mark.parametrize("options", [{"threshold": -1.0}, {"dense": 1.0}, {"levels": 1}])
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidOption, match="codyra"):
+    with pytest.raises(InvalidOption, match=f"codyra: {next(iter(options))} must be"):
         Training(point(**options))

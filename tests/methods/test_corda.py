@@ -197,5 +197,5 @@ def test_the_frame_loads_without_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", [{"method": "ipa"}, {"damping": -1.0}])
 def test_options_out_of_range_are_refused(option: dict[str, Any]) -> None:
-    with pytest.raises(InvalidOption, match="method must be ipm or kpm and damping at least 0"):
+    with pytest.raises(InvalidOption, match=f"corda: {next(iter(option))} must be"):
         start(**option)

@@ -3,24 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from hosts import Host
-from methods._dynamic import (
-    LAYERS,
-    Training,
-    ends_the_same,
-    ignores_skipped_steps,
-    moments,
-    perceptron,
-    planted,
-    resumes,
-    runs_on,
-)  # fmt: skip
+from methods._dynamic import Training, ends_the_same, moments, perceptron, planted
 from methods._layers import normal
 
 import rankfold as rf
-from rankfold.errors import InvalidOption
 from rankfold.methods.ranks.elalora import exchange, fresh_directions, growing, pooled_terms
 
 
@@ -142,29 +129,5 @@ def test_files_and_folding_have_the_ranks_that_are_left(tmp_path: Path) -> None:
     assert sum(ends_the_same(point(init="pissa"), tmp_path).ranks()) == 6
 
 
-@pytest.mark.parametrize(
-    ("structure", "init"), [("lora", None), ("dora", "pissa"), ("hira", None), ("abba", None)]
-)
-def test_training_resumes_bit_for_bit(structure: str, init: str | None, tmp_path: Path) -> None:
-    resumes(point(structure, init), tmp_path)
-
-
-def test_skipped_steps_do_not_count() -> None:
-    ignores_skipped_steps(point())
-
-
-@pytest.mark.parametrize("host", LAYERS, ids=lambda host: host.name)
-def test_it_runs_on_every_kind_of_layer(host: Host) -> None:
-    runs_on(point(), host)
-
-
 def test_the_layer_that_needs_it_does_not_lose_rank() -> None:
     assert planted(point(interval=5), steps=150).ranks()[1] >= 2
-
-
-@pytest.mark.parametrize(
-    "options", [{"pool": 0}, {"exchange": -1}, {"interval": 0}, {"beta2": 1.0}, {"final": 0.95}]
-)
-def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidOption, match="elalora"):
-        Training(point(**options))

@@ -147,7 +147,9 @@ def test_a_weight_of_low_rank_starts_at_its_base(rank: int) -> None:
 
 
 def test_it_asks_for_both_sets_by_name() -> None:
-    with pytest.raises(InvalidOption, match=re.escape('data={"forget": batches, "retain": batches}')):
+    with pytest.raises(
+        InvalidOption, match=re.escape('data={"forget": batches, "retain": batches}; the command')
+    ):
         start(data=FORGET)
 
 

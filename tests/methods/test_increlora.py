@@ -6,17 +6,7 @@ from typing import Any
 import pytest
 import torch
 from hosts import Host
-from methods._dynamic import (
-    LAYERS,
-    Training,
-    ends_the_same,
-    ignores_skipped_steps,
-    moments,
-    perceptron,
-    planted,
-    resumes,
-    runs_on,
-)  # fmt: skip
+from methods._dynamic import LAYERS, Training, ends_the_same, moments, perceptron, planted
 
 import rankfold as rf
 from rankfold.errors import Incompatible, InvalidOption
@@ -205,34 +195,16 @@ def test_files_and_folding_have_the_ranks_that_are_left(tmp_path: Path) -> None:
     assert all(isinstance(pair.expression, Weight) for pair in training.pairs)
 
 
-@pytest.mark.parametrize(
-    ("structure", "init"), [("lora", None), ("dora", "olora"), ("hira", None), ("abba", None)]
-)
-def test_training_resumes_bit_for_bit(structure: str, init: str | None, tmp_path: Path) -> None:
-    resumes(point(structure, init), tmp_path)
-
-
-def test_skipped_steps_do_not_count() -> None:
-    ignores_skipped_steps(point())
-
-
-@pytest.mark.parametrize("host", LAYERS, ids=lambda host: host.name)
-def test_it_runs_on_every_kind_of_layer(host: Host) -> None:
-    runs_on(point(), host)
-
-
-@pytest.mark.parametrize(
-    "options", [{"growth": 0}, {"top": 0}, {"warmup": 1.0}, {"score": "both"}, {"orthogonality": -1.0}]
-)
-def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidOption, match="increlora"):
-        Training(point(**options))
-
-
 def test_a_refused_attachment_leaves_no_hook_on_the_model() -> None:
-    point = rf.Recipe(("lora", {"alpha": 8.0}), ranks="increlora", dynamics=("allora",))
+    point = rf.Recipe("lora", ranks="increlora", dynamics=("lora+",))
     model = rf.adapt(torch.nn.Sequential(torch.nn.Linear(6, 6)), point, rank=2, targets=["0"])
     before = len(model[0]._forward_hooks)
-    with pytest.raises(Incompatible, match="allora"):
-        rf.attach(model, torch.optim.AdamW(rf.param_groups(model, lr=1e-2)), total_steps=10)
+    one_rate = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with pytest.raises(Incompatible, match=r"lora\+ wants a learning rate"):
+        rf.attach(model, one_rate, total_steps=10)
     assert len(model[0]._forward_hooks) == before
+
+
+def test_an_initial_rank_above_the_asked_one_is_refused() -> None:
+    with pytest.raises(InvalidOption, match="initial must be at most 2, the rank asked for, not 3"):
+        Training(point(initial=3), rank=2)

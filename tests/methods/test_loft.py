@@ -225,7 +225,7 @@ def test_what_was_trained_folds_and_is_taken_away() -> None:
 
 @pytest.mark.parametrize("options", [{"damping": -1.0}, {"max_norm": 0.0}, {"eps": -1.0}])
 def test_impossible_options_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(InvalidOption, match="loft needs"):
+    with pytest.raises(InvalidOption, match=f"loft: {next(iter(options))} must be"):
         Loft(**options)  # type: ignore[arg-type]
 
 

@@ -212,10 +212,17 @@ def test_an_impossible_configuration_is_refused_and_changes_nothing(configuratio
     assert set(widths(model).values()) == {RANK}
 
 
-@pytest.mark.parametrize("choices", [(), (0.5, 1.0), (1.5, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize(
+    "choices", [(), (0.5, 1.0), (1.5, 1.0), (1.0, 0.0), ("wide", "narrow"), (None,), ((1,),)]
+)
 def test_impossible_choices_are_refused(choices: tuple[float, ...]) -> None:
-    with pytest.raises(InvalidOption, match="choices must fall"):
+    with pytest.raises(InvalidOption, match="choices must be numbers that fall"):
         adapted(choices=choices)
+
+
+def test_what_is_no_regular_expression_is_refused_before_anything_is_built() -> None:
+    with pytest.raises(InvalidOption, match=r"lonas: together must be a regular expression, not '\(q': "):
+        rf.adapt(nn.Sequential(nn.Linear(4, 4)), rf.Recipe("lora", ranks=("lonas", {"together": "(q"})))
 
 
 def test_a_search_of_another_adapter_is_refused() -> None:

@@ -181,6 +181,11 @@ def test_impossible_options_are_refused(wrong: dict[str, Any]) -> None:
         Training(periodic(**wrong))
 
 
+def test_two_lengths_of_a_stage_are_refused() -> None:
+    with pytest.raises(InvalidOption, match=r"interval = 5 and share = 0.5 both say how long a stage lasts"):
+        Training(periodic(interval=5, share=0.5))
+
+
 @pytest.mark.parametrize("structure", ["lora", "dora"])
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_training_resumes_bit_for_bit(momentum: float, structure: str, tmp_path: Path) -> None:

@@ -358,5 +358,5 @@ def test_a_dynamics_that_needs_the_factors_alone_refuses_pruning_and_takes_the_r
     [{"first": 0.0}, {"last": -1.0}, {"prune": 1.0}, {"prune": -0.1}, {"interval": 0}, {"beta": 1.0}],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidOption, match="prilora needs first > 0"):
+    with pytest.raises(InvalidOption, match=f"prilora: {next(iter(options))} must be"):
         PRILoRA(**options)

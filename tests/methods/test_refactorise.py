@@ -143,7 +143,7 @@ def test_a_learning_rate_at_which_unbalanced_factors_diverge_trains_balanced_one
 
 @pytest.mark.parametrize("wrong", [{"interval": 0}, {"reset_interval": 0}, {"warmup": -1}], ids=str)
 def test_impossible_options_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InvalidOption, match="refactorisation needs"):
+    with pytest.raises(InvalidOption, match=f"refactorisation: {next(iter(wrong))} must be"):
         Training(refactorisation(**wrong))
 
 

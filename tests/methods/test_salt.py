@@ -1,13 +1,27 @@
 """SALT: the top of the spectrum is scaled and shifted, the tail takes a low-rank matrix."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from methods._layers import adapted, base, change, count, disturbed, leaves_of, linear, normal, rank_of
+from methods._dynamic import Training, perceptron, resumes
+from methods._layers import (
+    adapted,
+    base,
+    change,
+    count,
+    disturbed,
+    leaves_of,
+    linear,
+    normal,
+    rank_of,
+    trained,
+)
 from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.errors import InvalidOption
-from rankfold.methods.structures.salt import penalty
+from rankfold.methods.spectral_penalty import penalty
 
 
 def _inside(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -80,3 +94,32 @@ def test_a_share_of_one_has_no_tail_and_shares_outside_are_refused() -> None:
             adapted("salt", rank=2, ratio=ratio)
     with pytest.raises(InvalidOption, match="relu"):
         adapted("salt", rank=2, relu="some")
+
+
+def test_the_gradient_of_the_penalty_is_added_to_that_of_the_loss() -> None:
+    training = Training(rf.Recipe(("salt", {"mu": 0.3})), 20)
+    disturbed(training.model)
+    training.backward()
+    parameters = trained(training.model)
+    plain = {name: p.grad.clone() for name, p in parameters.items()}
+    slopes = torch.autograd.grad(0.3 * penalty(training.model), list(parameters.values()))
+    training.run  # noqa: B018 - lets the penalty act as the one under way
+    training.handle.methods["structure=salt"].gradients_ready(training.run)
+    for (name, parameter), slope in zip(parameters.items(), slopes, strict=True):
+        torch.testing.assert_close(parameter.grad, plain[name] + slope)
+
+
+def test_a_penalty_keeps_the_change_smaller_and_none_needs_no_attaching() -> None:
+    sizes = []
+    for mu in (0.0, 0.5):
+        training = Training(rf.Recipe(("salt", {"mu": mu})), 30)
+        training.step(30)
+        sizes.append(penalty(training.model).item())
+    assert sizes[1] < 0.5 * sizes[0]
+    assert not Training("salt").handle.methods
+    with pytest.raises(InvalidOption, match="mu"):
+        rf.adapt(perceptron(), rf.Recipe(("salt", {"mu": -1.0})), rank=2, targets=["0"])
+
+
+def test_a_training_with_a_penalty_that_is_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    resumes(rf.Recipe(("salt", {"mu": 0.1})), tmp_path)

@@ -5,16 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import Host
-from methods._dynamic import (
-    LAYERS,
-    Training,
-    ends_the_same,
-    ignores_skipped_steps,
-    perceptron,
-    resumes,
-    runs_on,
-)
+from methods._dynamic import Training, ends_the_same, perceptron
 from methods._layers import linear, normal
 
 import rankfold as rf
@@ -137,6 +128,12 @@ def test_stages_need_the_number_of_steps_and_a_constant_threshold_does_not() -> 
         Training(point(last=0.5, stages=3), None)
 
 
+@pytest.mark.parametrize("options", [{"stages": 3}, {"last": 0.5}])
+def test_stages_and_the_threshold_of_the_last_one_are_given_together(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidOption, match="give last and stages > 1, or neither"):
+        Training(point(**options))
+
+
 @pytest.mark.parametrize("rule", ["sora", "codyra"])
 def test_a_start_behind_gates_of_zero_is_refused(rule: str) -> None:
     with pytest.raises(Incompatible, match="random starts behind a gate that is zero"):
@@ -153,28 +150,3 @@ def test_gates_get_no_weight_decay() -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.1)
     with pytest.raises(Incompatible, match="weight decay"):
         rf.attach(model, optimizer)
-
-
-@pytest.mark.parametrize(
-    ("structure", "init"), [("lora", None), ("dora", "olora"), ("hira", None), ("abba", None)]
-)
-def test_training_resumes_bit_for_bit(structure: str, init: str | None, tmp_path: Path) -> None:
-    resumes(point(structure, init), tmp_path)
-
-
-def test_skipped_steps_do_not_count() -> None:
-    ignores_skipped_steps(point())
-
-
-@pytest.mark.parametrize("host", LAYERS, ids=lambda host: host.name)
-def test_it_runs_on_every_kind_of_layer(host: Host) -> None:
-    runs_on(point(threshold=1e-3, penalty=0.0), host)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"threshold": -1.0}, {"penalty": -1.0}, {"stages": 0}, {"last": 0.5}, {"last": 0.001, "stages": 2}],
-)
-def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidOption, match="sora"):
-        Training(point(**options))

@@ -1,14 +1,19 @@
 """A user's own table of ranks."""
 
+import ast
+import re
 from typing import Any
 
 import pytest
+import torch
 from hosts import blocks
 
 import rankfold as rf
 from rankfold.errors import InvalidOption, InvalidRank
 from rankfold.methods.ranks.table import table
 from rankfold.methods.rules import Unit
+from rankfold.training.config import parse_options
+from rankfold.training.run import recipe
 
 PATHS = [f"blocks.{i}.{name}" for i in range(2) for name in ("attention", "up", "down")]
 
@@ -55,8 +60,17 @@ def test_an_entry_that_is_no_rank_is_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [None, {}])
 def test_without_a_table_it_says_how_one_is_given(value: Any) -> None:
-    with pytest.raises(InvalidOption, match=r'table needs the ranks: pass \("table", \{"ranks"'):
+    with pytest.raises(InvalidOption, match="table needs the ranks that you choose, as its option ranks"):
         ranks(value)
+
+
+@pytest.mark.parametrize("name", ["table", "autolora", "rankadaptor", "airllm", "pearl"])
+def test_what_the_sentence_without_a_table_says_works_in_python_and_on_the_command_line(name: str) -> None:
+    with pytest.raises(InvalidOption) as refused:
+        rf.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), f"lora/ranks={name}", rank=2)
+    part, flag = re.findall(r"ranks=(.*\))\) in Python, --set '(.*)' on the command", str(refused.value))[0]
+    assert ast.literal_eval(part) == (name, {"ranks": {"*.attention.*": 4}})
+    assert recipe(f"lora/ranks={name}", parse_options([flag])).ranks == ast.literal_eval(part)
 
 
 def adapted(entries: dict[str, int], structure: Any = "lora", **options: Any) -> Any:

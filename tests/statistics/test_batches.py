@@ -43,6 +43,26 @@ def test_masks_decide_which_tokens_count(net: nn.Module, batches: Batches) -> No
     )
 
 
+@pytest.mark.parametrize(
+    "what", ["input_mean", ("input_gram", {"per_sample": "max"}), "output_mean"], ids=str
+)
+def test_activations_with_tokens_before_the_batch_have_the_statistics_of_those_behind_it(what: Any) -> None:
+    class Laid(nn.Module):
+        def __init__(self, tokens_first: bool) -> None:
+            super().__init__()
+            self.inner, self.tokens_first = nn.Linear(3, 2, bias=False), tokens_first
+            self.inner.weight.data.fill_(0.5)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.inner(x.transpose(0, 1) if self.tokens_first else x)  # type: ignore[no-any-return]
+
+    batch = {"x": torch.randn(2, 4, 3), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])}
+    name, options = (what, {}) if isinstance(what, str) else what
+    found = [collect(Laid(first), [batch], [what])["inner"] for first in (True, False)]
+    assert found[0].tokens == found[1].tokens == 4
+    torch.testing.assert_close(found[0].get(name, **options), found[1].get(name, **options))
+
+
 def test_activations_in_which_batch_and_tokens_are_one_axis_are_masked_too() -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:

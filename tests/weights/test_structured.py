@@ -270,6 +270,9 @@ def test_leaves_read_what_their_source_says() -> None:
     assert close(mixture.tensor(), sum(c * b for c, b in zip(coefficients, bank, strict=True)))
     mask = torch.tensor([[True, False], [False, True]])
     assert torch.equal(w.Masked(trained(weight, "v"), mask, "masked").tensor(), weight * mask)
+    halves = trained(weight, "first"), w.frozen(weight[:1], "second")
+    assert torch.equal(w.Joined(*halves, 0, "joined").tensor(), torch.cat([weight, weight[:1]]))
+    assert w.Joined(*halves, 0, "joined").trainable
     assert torch.equal(w.Seeded("s", (3, 2), 7).tensor(), w.Seeded("s", (3, 2), 7).tensor())
     assert not torch.equal(w.Seeded("s", (3, 2), 7).tensor(), w.Seeded("s", (3, 2), 8).tensor())
 

@@ -51,6 +51,8 @@ def _compose(name: str | None, axis: str | None, as_json: bool) -> None:
     found = [v for v in space.pairs() if axis in (None, v.first.axis, v.second.axis)]
     if name is not None:
         wanted = rf.find_method(name)
+        if wanted.axis not in space.AXES:
+            raise InvalidOption(f"{wanted.name} is a {wanted.axis} and no part that could be combined")
         found = [v for v in space.pairs() if wanted in (v.first, v.second)]
     if as_json:
         typer.echo(_json([verdict.to_dict() for verdict in found]))
@@ -76,6 +78,7 @@ def _table(found: list[Any]) -> Table:
 def _page(method: Any) -> str:
     lines = {
         "axis": method.axis,
+        "point": _point(method.build()) if method.axis == "recipe" else None,
         "formula": method.formula,
         "paper": f"{method.title} ({method.year})",
         "arxiv": f"https://arxiv.org/abs/{method.arxiv}" if method.arxiv else None,
@@ -87,6 +90,11 @@ def _page(method: Any) -> str:
     return "\n".join(
         [method.name, *shown, *(["options for --set, with their defaults", *options] if options else [])]
     )
+
+
+def _point(recipe: rf.Recipe) -> str:
+    aim = [f"{key} {value}" for key in ("targets", "exclude", "rank") if (value := getattr(recipe, key))]
+    return "; ".join([recipe.text(), *aim])
 
 
 def _value(value: Any) -> str:

@@ -23,7 +23,7 @@ from ..layers import (
     fold,
     require,
 )
-from ..weights import Gated, Moved, Pair, Pooled, Sum, Weight
+from ..weights import Moved, Pair, Pooled, Sum, Weight
 from . import card, peft, portable
 from .change import Pair as Factors
 from .change import approximated, dense_change, direction_of, exact_change, truncated
@@ -201,7 +201,7 @@ def _checked(adaptation: Adaptation, adapter: Adapter, form: str) -> dict[str, W
     expressions = adaptation.expressions(adapter.name)
     for path, expression in expressions.items():
         layer = adaptation.layers[path]
-        if any(isinstance(module, Gated) for module in expression.modules()):
+        if not expression.has_matrix():
             raise NotDense(
                 f"{_method(adapter)} differs from token to token, which a plain LoRA file cannot hold"
             )

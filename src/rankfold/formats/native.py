@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import BaseMismatch, FormatError, MissingPath
 from ..layers import Adaptation, StructuredLayer, kind_of
-from ..weights import adopt_ranks
+from ..weights import adopt_ranks, adopt_selections
 from ..weights.kernels import at_least_float32
 from . import card
 from .files import (
@@ -69,6 +69,8 @@ def fill(adaptation: Adaptation, name: str, tensors: Mapping[str, Tensor]) -> No
     Raises:
         FormatError: names or shapes differ; nothing is copied then.
     """
+    for path, expression in adaptation.expressions(name).items():
+        adopt_selections(expression, leaves_of(path, tensors))
     if "ranks" in adaptation.adapter(name).record["recipe"]:
         for path, expression in adaptation.expressions(name).items():
             adopt_ranks(expression, leaves_of(path, tensors))

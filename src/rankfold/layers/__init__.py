@@ -17,7 +17,18 @@ from .adaptation import (
     use,
     warn_never_attached,
 )
-from .carrier import CacheMemory, Carrier, GateRule, ModelInputs, checkpoint
+from .carrier import (
+    CacheMemory,
+    Carrier,
+    GateRule,
+    ModelInputs,
+    NeverRead,
+    auxiliary_loss,
+    checkpoint,
+    gate_inputs,
+)
+from .feedforward import GatedBlock, gated_block
+from .first_pass import FirstPass
 from .layer import (
     StructuredAttention,
     StructuredConv,
@@ -40,10 +51,13 @@ __all__ = [
     "Branch",
     "CacheMemory",
     "Carrier",
+    "FirstPass",
     "FoldError",
     "GateRule",
+    "GatedBlock",
     "ModelInputs",
     "NeverAttached",
+    "NeverRead",
     "Requantised",
     "StructuredAttention",
     "StructuredConv",
@@ -57,12 +71,15 @@ __all__ = [
     "Targets",
     "adaptation_of",
     "attach",
+    "auxiliary_loss",
     "blocks",
     "checkpoint",
     "disabled",
     "find_modules",
     "find_targets",
     "fold",
+    "gate_inputs",
+    "gated_block",
     "kind_of",
     "output_heads",
     "remove",

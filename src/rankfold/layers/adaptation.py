@@ -16,10 +16,11 @@ from ..weights import Moved, Weight, owned
 from .carrier import Carrier
 from .foreign import check_known
 from .layer import StructuredAttention, StructuredForeign, StructuredLayer, kind_of, why_refused
+from .riders import is_ridden
 from .targets import Target
 from .watch import FirstForward
 
-STAGES = ("transform", "modulate", "add", "normalise", "activation")
+STAGES = ("replace", "transform", "modulate", "add", "normalise", "activation")
 _HANDLE, _RESIZE = "_rankfold", "resize_token_embeddings"
 
 
@@ -65,7 +66,7 @@ class Adapter:
     Attributes:
         name: chosen by the user.
         record: everything that a file needs to rebuild it: recipe, ranks, seed, versions.
-        stage: where its change stands in the order transform, modulate, add, normalise.
+        stage: where its change stands in the order of `STAGES`.
         paths: the adapted modules.
         shared: attribute name on the root model of every tensor that layers share, by key.
         values: tensors of the modules trained whole, as this adapter left them, by parameter name.
@@ -189,7 +190,7 @@ class Adaptation:
     # Switching ----------------------------------------------------------------------------------------
 
     def use(self, names: Sequence[str]) -> None:
-        """Make exactly these adapters active, in the order transform, modulate, add, normalise."""
+        """Make exactly these adapters active, in the order of `STAGES`."""
         chosen = [self.adapter(name) for name in dict.fromkeys(names)]
         self._check_together(chosen)
         ordered = sorted(chosen, key=lambda a: STAGES.index(a.stage))
@@ -200,11 +201,12 @@ class Adaptation:
             for branch, _ in adapter.branches.values():
                 branch.__dict__["active"] = adapter in chosen
         self.active = tuple(a.name for a in ordered)
+        self.carrier.wanted = {key for adapter in chosen for key in adapter.gate_keys}
         self._restore_values()
         self._set_flags()
 
     def _check_together(self, chosen: list[Adapter]) -> None:
-        for stage in ("modulate", "normalise"):
+        for stage in ("replace", "modulate", "normalise"):
             same = [a.name for a in chosen if a.stage == stage]
             if len(same) > 1:
                 raise Incompatible(
@@ -457,8 +459,8 @@ def attach(model: nn.Module, adaptation: Adaptation) -> None:
 def use(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
     """Make the named adapters the active ones; the others stay in the model, frozen and without effect.
 
-    Several active adapters act in the order transform, modulate, add, normalise, whatever the order of the
-    names; two that transform act in the order given. Training moves the active ones.
+    Several active adapters act in the order replace, transform, modulate, add, normalise, whatever the order
+    of the names; two that transform act in the order given. Training moves the active ones.
 
     Args:
         model: an adapted model.
@@ -557,6 +559,7 @@ def fold(
     Raises:
         NotAdapted: the model holds no adapter.
         NotDense: an active adapter acts on activations.
+        Incompatible: the dynamics of an active adapter are still attached to an optimizer.
         UnsupportedLayer: a quantised layer is adapted and `requantise` is false, or its form is not known.
 
     Example:
@@ -571,6 +574,7 @@ def fold(
     layers = {path: layer for path, layer in adaptation.layers.items() if layer._active}
     for name in adaptation.active:
         _refuse_activations(adaptation.adapters[name])
+        _refuse_ridden(adaptation.adapters[name])
         warn_never_attached(adaptation.adapters[name])
     for path, layer in layers.items():
         _refuse_fold(path, layer, requantise)
@@ -604,6 +608,15 @@ def _refuse_activations(adapter: Adapter) -> None:
     if adapter.branches:
         method = adapter.record.get("recipe", {}).get("structure", [adapter.name])[0]
         raise NotDense(f"{method} acts on activations and has no dense matrix: it cannot be folded")
+
+
+def _refuse_ridden(adapter: Adapter) -> None:
+    """Refuse an adapter of which a method has not finished; some change it, or what it does, at their end."""
+    if is_ridden(adapter):
+        raise Incompatible(
+            f"the dynamics or rank rule of the adapter {adapter.name!r} is attached to an optimizer; "
+            "remove() the handle that attach returned, or leave its with block, and then fold"
+        )
 
 
 def _refuse_fold(path: str, layer: StructuredLayer, requantise: bool) -> None:

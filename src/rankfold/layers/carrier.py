@@ -7,16 +7,20 @@ handed to the checkpoint restores them.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..weights import Gates
+from ..errors import InvalidOption
+from ..weights import Gate, Gates
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # where the blocks of transformers keep theirs
 
@@ -29,34 +33,72 @@ class ModelInputs:
         ids: (batch, token) token ids, or None where embeddings were given.
         mask: (batch, cached + token) attention mask, or None.
         labels: (batch, token) labels of a causal loss, -100 where there is none, or None.
-        batch, tokens: size of the present call.
+        batch: rows of the present call.
+        length: tokens of the present call, or None where the model reads no sequence.
         past: tokens that the key-value cache holds already.
         cache: the cache object, or None.
         device: where the gate is needed.
+        given: everything that the model was called with, by name, and what `gate_inputs` holds.
+        kept: what rules and routers remember with the key-value cache; empty at its first forward.
+        again: `again(gate, **changes)` runs the model once more on the same inputs, without gradients, with
+            this gate in the place of the one to be computed and some arguments changed (None leaves one out).
     """
 
     ids: Tensor | None
     mask: Tensor | None
     labels: Tensor | None
     batch: int
-    tokens: int
+    length: int | None
     past: int
     cache: Any
     device: torch.device
+    given: Mapping[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+    again: Callable[..., Any] = field(default=lambda **changes: None, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the present call.
+
+        Raises:
+            InvalidOption: the model was called on something else than a sequence.
+        """
+        if self.length is None:
+            raise InvalidOption("the model was called without input_ids or inputs_embeds, which a gate needs")
+        return self.length
+
+    def real(self) -> Tensor:
+        """Return which tokens of the present call are no padding, (batch, token) bool."""
+        real = torch.ones(self.batch, self.length or 1, dtype=torch.bool, device=self.device)
+        if self.mask is None or self.mask.dim() != 2 or self.mask.shape[1] < real.shape[1]:
+            return real
+        return self.mask[:, -real.shape[1] :].bool()
+
+    def prompt(self) -> Tensor:
+        """Return which real tokens come before the first label, or all without labels, (batch, token)."""
+        real = self.real()
+        if self.labels is not None and bool((self.labels == -100).any()):
+            real = real & ((self.labels != -100).cumsum(1) == 0)
+        return real
 
 
 class GateRule(Protocol):
-    """Computes one gate per forward of the root model."""
+    """Computes one gate per forward of the root model.
 
-    def compute(self, inputs: ModelInputs) -> Tensor:
-        """Return the gate, (batch, token)."""
+    A rule with an attribute `remembers` that is true also sees the forwards in which its adapter is not in
+    use. One with a method `own(model, adapter, shared)` is handed the model, the adapter's name and the
+    attributes of its shared tensors.
+    """
+
+    def compute(self, inputs: ModelInputs) -> Tensor | Gate:
+        """Return the gate, (batch, token), or with further axes and facts as a `Gate`."""
 
 
 @dataclass
 class CacheMemory:
     """A value per key-value cache, forgotten with the cache."""
 
-    values: weakref.WeakKeyDictionary[Any, Tensor] = field(default_factory=weakref.WeakKeyDictionary)
+    values: weakref.WeakKeyDictionary[Any, Any] = field(default_factory=weakref.WeakKeyDictionary)
 
     def __deepcopy__(self, memo: Any) -> CacheMemory:
         return CacheMemory()
@@ -68,21 +110,40 @@ class CacheMemory:
         self.values = weakref.WeakKeyDictionary()
 
 
+class NeverRead(UserWarning):
+    """Layers have left a loss of their own in training, and nothing has asked for it."""
+
+
 class Carrier:
-    """Sets the gates of an adapted model before each forward."""
+    """Sets the gates of an adapted model before each forward.
+
+    Attributes:
+        gates: that the layers read.
+        rules: what computes them, by key.
+        wanted: keys of the adapters in use.
+        extra: inputs of gates that are no arguments of the model (`gate_inputs`).
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self.gates = Gates()
         self.rules: dict[str, GateRule] = {}
+        self.wanted: set[str] = set()
+        self.extra: dict[str, Any] = {}
         self._root = (root,)
         self._handles: list[Any] = []
+        self._kept = CacheMemory()
+        self._within = False
+        self._unread = 0
 
     def add(self, key: str, rule: GateRule) -> None:
         """Compute a gate under a key from now on."""
         self.rules[key] = rule
         if not self._handles:
-            hook = self._root[0].register_forward_pre_hook(self.enter, with_kwargs=True)
-            self._handles.append(hook)
+            root = self._root[0]
+            self._handles = [
+                root.register_forward_pre_hook(self.enter, with_kwargs=True),
+                root.register_forward_hook(self.leave),
+            ]
 
     def discard(self, keys: set[str]) -> None:
         """Stop computing the gates under these keys."""
@@ -95,12 +156,73 @@ class Carrier:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compute every gate for this call and see to it that recomputation finds them again."""
-        inputs = read_inputs(module, args, kwargs)
-        self.gates.current = {key: rule.compute(inputs) for key, rule in self.rules.items()}
+        if self._within:
+            return
+        inputs = read_inputs(module, args, kwargs, self.extra)
+        self._begin(inputs)
+        for key, rule in self.rules.items():
+            if key in self.wanted or getattr(rule, "remembers", False):
+                inputs.again = functools.partial(self._once_more, module, args, kwargs, key)
+                value = rule.compute(inputs)
+                self.gates.current[key] = value if isinstance(value, Gate) else Gate(value[..., None])
         for part in module.modules():
             function = part.__dict__.get(_CHECKPOINT)
             if function is not None and not isinstance(function, Replay):
                 part.__dict__[_CHECKPOINT] = Replay(function, self.gates)
+
+    def _begin(self, inputs: ModelInputs) -> None:
+        gates = self.gates
+        left = gates.collected or gates.drawn
+        self._unread = self._unread + 1 if left and torch.is_grad_enabled() else 0
+        if self._unread == 2:
+            how = "loss + rankfold.auxiliary_loss(model)" if gates.collected else "rankfold.remix_loss"
+            warnings.warn(
+                NeverRead(f"the router of {next(iter(left))!r} gets no gradient of its own: train on {how}"),
+                stacklevel=2,
+            )
+        gates.current, gates.collected, gates.drawn, gates.past = {}, {}, {}, inputs.past
+        gates.recording = torch.is_grad_enabled()
+        known = self._kept.values
+        if inputs.cache is None or not inputs.past or inputs.cache not in known:
+            gates.kept = {}
+        else:
+            gates.kept = known[inputs.cache]
+        if inputs.cache is not None:
+            known[inputs.cache] = gates.kept
+        inputs.kept = gates.kept
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Keep what this forward has decided with the cache that it has made."""
+        cache = getattr(output, "past_key_values", None)
+        if not self._within and cache is not None and cache not in self._kept.values:
+            self._kept.values[cache] = self.gates.kept
+
+    @torch.no_grad()
+    def _once_more(
+        self, module: nn.Module, args: Any, kwargs: Any, key: str, gate: Gate, **changes: Any
+    ) -> Any:
+        names = list(inspect.signature(module.forward).parameters)[: len(args)]
+        args = (
+            tuple(changes.pop(n, value) for n, value in zip(names, args, strict=False)) + args[len(names) :]
+        )
+        kwargs = {name: value for name, value in {**kwargs, **changes}.items() if value is not None}
+        closed = Gate(torch.zeros_like(gate.values[..., :1]), opened=frozenset())
+        self.gates.current = {**dict.fromkeys(self.wanted, closed), **self.gates.current, key: gate}
+        self._within = True
+        try:
+            return module(*args, **kwargs)
+        finally:
+            self._within = False
+
+    def read_collected(self) -> dict[str, Callable[[], Tensor]]:
+        """Return the losses that layers have left in the last forward; they count as read."""
+        self._unread = -1 if self.gates.collected else self._unread
+        return self.gates.collected
+
+    def read_drawn(self) -> dict[str, Callable[[], Tensor]]:
+        """Return the log-probabilities of what was drawn in the last forward; they count as read."""
+        self._unread = -1
+        return self.gates.drawn
 
     def _unwrap(self) -> None:
         for part in self._root[0].modules():
@@ -118,25 +240,43 @@ class Replay:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Checkpoint `function` with the gates as they are now."""
-        return self.checkpoint(_Restored(function, self.gates, self.gates.current), *args, **kwargs)
+        moving = {key: gate for key, gate in self.gates.current.items() if gate.values.requires_grad}
+        values = [gate.values for gate in moving.values()]  # as arguments, so that their gradients come back
+        restored = _Restored(function, self.gates, self.gates.current, tuple(moving))
+        return self.checkpoint(restored, *args, *values, **kwargs)
 
 
 @dataclass
 class _Restored:
     function: Callable[..., Any]
     gates: Gates
-    seen: dict[str, Tensor]
+    seen: dict[str, Gate]
+    moving: tuple[str, ...] = ()
+    ran: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before, self.gates.current = self.gates.current, self.seen
+        gates, own = self.gates, len(args) - len(self.moving)
+        given = {k: replace(self.seen[k], values=v) for k, v in zip(self.moving, args[own:], strict=True)}
+        args, before = args[:own], (gates.current, gates.replaying)
+        gates.current = {**self.seen, **given}
+        gates.replaying, self.ran = self.ran, True
         try:
             return self.function(*args, **kwargs)
         finally:
-            self.gates.current = before
+            gates.current, gates.replaying = before
 
 
-def read_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelInputs:
-    """Find ids, mask and cache among the arguments of a model's forward."""
+def read_inputs(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+) -> ModelInputs:
+    """Find ids, mask and cache among the arguments of a model's forward.
+
+    Raises:
+        InvalidOption: there is no tensor among them.
+    """
     names = [
         n for n, p in inspect.signature(module.forward).parameters.items() if p.kind.name != "VAR_KEYWORD"
     ]
@@ -151,22 +291,86 @@ def read_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ):
         ids = args[0]
     embeds = given.get("inputs_embeds", args[0] if args and isinstance(args[0], Tensor) else None)
-    leading = ids if ids is not None else embeds
-    if leading is None or leading.dim() < 2:
-        raise ValueError(
+    sequence: Tensor | None = ids if ids is not None else embeds
+    tensors = [value for value in (sequence, *given.values()) if isinstance(value, Tensor)]
+    leading = tensors[0] if tensors else None
+    if leading is None or not leading.dim():
+        raise InvalidOption(
             f"{type(module).__name__} was called without input_ids or inputs_embeds, which a gate needs"
         )
+    is_sequence = leading is sequence and leading.dim() == (3 if ids is None else 2)
     cache, labels = given.get("past_key_values"), given.get("labels")
     return ModelInputs(
         ids=ids,
         mask=given.get("attention_mask"),
         labels=labels if labels is not None and labels.shape == leading.shape[:2] else None,
         batch=leading.shape[0],
-        tokens=leading.shape[1],
+        length=leading.shape[1] if is_sequence else None,
         past=_length(cache),
         cache=cache,
         device=leading.device,
+        given={**given, **(extra or {})},
     )
+
+
+@contextlib.contextmanager
+def gate_inputs(model: nn.Module, **inputs: Any) -> Iterator[nn.Module]:
+    """Within the block, gates read these inputs beside the arguments that the model is called with.
+
+    Args:
+        model: an adapted model.
+        inputs: what the adapters' gates ask for, such as `classes` (batch,) for kind or `regions` for
+            lora-composer: each method's page says which.
+
+    Raises:
+        NotAdapted: the model holds no adapter.
+
+    Example:
+        >>> import torch, rankfold as rf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> model = rf.adapt(model, "kind", rank=2, classes=3, targets="0")
+        >>> with rf.gate_inputs(model, classes=torch.tensor([0, 2])):
+        ...     model(torch.ones(2, 8)).shape
+        torch.Size([2, 8])
+    """
+    from .adaptation import require
+
+    carrier = require(model).carrier
+    before, carrier.extra = carrier.extra, {**carrier.extra, **inputs}
+    try:
+        yield model
+    finally:
+        carrier.extra = before
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """Return what the layers of an adapted model want added to the loss of the last forward.
+
+    Routed mixtures leave a loss that balances their experts. It is zero where nothing was left: outside
+    training, or with methods that need none. `rankfold.TrainerCallback` and the command line add it
+    themselves.
+
+    Args:
+        model: an adapted model that has just been called, in training mode.
+
+    Returns:
+        A scalar with gradients.
+
+    Raises:
+        NotAdapted: the model holds no adapter.
+
+    Example:
+        >>> import torch, rankfold as rf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> model = rf.adapt(model, "mixture", rank=2, experts=3, targets="0").train()
+        >>> loss = model(torch.randn(2, 5, 8)).square().mean() + rf.auxiliary_loss(model)
+        >>> loss.backward()
+    """
+    from .adaptation import require
+
+    losses = [loss() for loss in require(model).carrier.read_collected().values()]
+    device = losses[0].device if losses else next(model.parameters()).device
+    return torch.stack(losses).sum() if losses else torch.zeros((), device=device)
 
 
 def _length(cache: Any) -> int:

@@ -11,17 +11,24 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnknownTarget, UnsupportedLayer, near_names
+from .feedforward import gated_block
 from .layer import StructuredAttention, StructuredLayer, kind_of, why_refused
 
 PRESETS = {
     "all-linear": "every linear layer but the output head",
     "attention": "the linear layers of attention",
     "mlp": "the linear layers of the feed-forward blocks",
+    "vision": "the linear layers of a vision encoder and of what joins it to a language model",
+    "cross-attention": "the linear layers of attention from one sequence, or modality, to another",
+    "language": "all other linear layers but the output head",
     "embeddings": "every embedding",
     "convolutions": "every convolution",
     "blocks": "the outputs of the repeated blocks (for methods that act on activations)",
+    "gated-mlp": "the outputs of the gated feed-forward blocks (for methods that act on activations)",
 }
 _ATTENTION = re.compile(r"attn|attention|self_attn|selfattention|encdecattention|\battn", re.IGNORECASE)
+_VISION = re.compile(r"vision|visual|image|multi_?modal|\b(projector|connector|merger)\b", re.IGNORECASE)
+_CROSS = re.compile(r"cross_?att|encdecatt|encoder_attn", re.IGNORECASE)
 _HEADS = ("lm_head", "classifier", "score", "qa_outputs", "embed_out", "cls", "output_projection")
 _TASK = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice)$")
 Targets = str | re.Pattern[str] | Sequence[str | re.Pattern[str]]
@@ -120,6 +127,8 @@ def _is_linear(target: Target) -> bool:
 def _preset(model: nn.Module, name: str, found: list[Target]) -> list[Target]:
     if name == "blocks":
         return list(blocks(model))
+    if name == "gated-mlp":
+        return [Target(p, m) for p, m in model.named_modules() if p and gated_block(m) is not None]
     if name == "embeddings":
         return [t for t in found if isinstance(_plain(t), nn.Embedding)]
     if name == "convolutions":
@@ -131,7 +140,13 @@ def _preset(model: nn.Module, name: str, found: list[Target]) -> list[Target]:
         return [t for t in linear if _in_attention(t)]
     if name == "mlp":
         return [t for t in linear if _in_block(t.path) and not _in_attention(t)]
+    if name in ("vision", "cross-attention", "language"):
+        return [t for t in linear if _modality(t.path) == name]
     return linear
+
+
+def _modality(path: str) -> str:
+    return "vision" if _VISION.search(path) else "cross-attention" if _CROSS.search(path) else "language"
 
 
 def _plain(target: Target) -> nn.Module:

@@ -7,7 +7,7 @@ from .metrics import Diagonal, Gram, Metric, RootGram, psd_root
 from .pivoted import Pivoted, pivoted_lu, pivoted_qr
 from .shares import proportional, top_counts
 from .skeleton import Skeleton, nystrom, skeleton
-from .svd import range_finder, truncated_svd
+from .svd import polar_factor, range_finder, truncated_svd
 from .weighted import weighted_low_rank
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "nystrom",
     "pivoted_lu",
     "pivoted_qr",
+    "polar_factor",
     "proportional",
     "psd_root",
     "range_finder",

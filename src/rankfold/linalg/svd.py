@@ -58,6 +58,22 @@ def randomised_svd(
     return basis @ left, values, right
 
 
+def polar_factor(matrix: Tensor) -> Tensor:
+    """Return U V^T of a matrix (m, n), over the singular values that are not zero.
+
+    It is the gradient of the nuclear norm, the smallest one where there are several.
+
+    Example:
+        >>> polar_factor(torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
+        tensor([[1., 0.],
+                [0., 0.]])
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    nonzero = values > values[:1] * max(matrix.shape) * torch.finfo(values.dtype).eps
+    factor: Tensor = (left * nonzero) @ right
+    return factor
+
+
 def range_finder(
     matrix: Tensor, columns: int, *, iterations: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:

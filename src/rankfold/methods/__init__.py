@@ -1,5 +1,6 @@
 """Methods: one paper, one file, found by the paper's name; and what puts them into a model."""
 
+from .absorb import absorb
 from .adapt import Plan, PlannedSite, adapt, plan
 from .attach import Attached, attach
 from .capacity import LeftOut, RankCapped
@@ -8,6 +9,7 @@ from .persist import load, save
 from .prepare import TieFollowed
 from .recipe import Recipe, parse_point
 from .registry import Method, find_method, methods
+from .routing import remix_loss
 from .squeeze import squeeze
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "RankCapped",
     "Recipe",
     "TieFollowed",
+    "absorb",
     "adapt",
     "attach",
     "find_method",
@@ -27,6 +30,7 @@ __all__ = [
     "param_groups",
     "parse_point",
     "plan",
+    "remix_loss",
     "save",
     "squeeze",
 ]

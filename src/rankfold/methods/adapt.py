@@ -86,10 +86,10 @@ def adapt(
 
     Args:
         model: any module.
-        method: a point such as "lora" or "dora/pissa", or a `Recipe`.
-        rank: of the change; None takes the structure's default.
+        method: a point such as "lora" or "dora/pissa", a recipe of the catalogue, or a `Recipe`.
+        rank: of the change; None takes the method's default.
         targets: a preset ("all-linear", "attention", "mlp", "embeddings", "convolutions"), a glob over dotted
-            names, a regular expression (`re:...` or compiled), or a list; None takes the structure's default.
+            names, a regular expression (`re:...` or compiled), or a list; None takes the method's default.
         name: of the adapter; several may live in one model.
         seed: of every random choice; the global generator is not touched.
         data: batches, for initialisers and rank rules that read statistics: dicts called as `model(**batch)`

@@ -20,6 +20,8 @@ from ..layers import (
 from ..layers.targets import attention_projection, candidates, matches, own_modules
 from .recipe import Resolved
 
+OUTPUTS = ("blocks", "gated-mlp")  # presets of modules, not of weights
+
 
 def is_preset(targets: Targets | None) -> bool:
     """Say whether targets are a preset, or left to the structure, and not named weight by weight."""
@@ -35,11 +37,14 @@ def chosen_targets(
     name are refused.
     """
     traits = resolved.structure.traits
-    wanted = traits["targets"] if targets is None else targets
+    if targets is None:
+        found = chosen_targets(model, resolved, resolved.targets, trained)
+        return _without(model, found, resolved)
+    wanted = targets
     if traits["activations"]:
-        return _activation_targets(model, wanted)
-    if wanted == "blocks":
-        raise UnknownTarget(f"{resolved.structure.name} changes weights, and blocks are outputs of modules")
+        return _activation_targets(model, wanted, resolved)
+    if wanted in OUTPUTS:
+        raise UnknownTarget(f"{resolved.structure.name} changes weights, and {wanted} are outputs of modules")
     found = find_targets(model, wanted)
     if is_preset(wanted):
         found = [t for t in found if not any(inside([t], path) for path in trained)] or found
@@ -50,13 +55,25 @@ def chosen_targets(
     return [t for t in found if t not in refused]
 
 
-def _activation_targets(model: nn.Module, wanted: Targets) -> list[Target]:
+def _without(model: nn.Module, found: list[Target], resolved: Resolved) -> list[Target]:
+    """Return the targets that a recipe does not exclude by their own name or that of what they lie in."""
+    if not resolved.exclude:
+        return found
+    left = [p for p, _ in model.named_modules() if any(matches(p, pattern) for pattern in resolved.exclude)]
+    kept = [t for t in found if not any(inside([t], path) for path in left)]
+    if not kept:
+        raise UnknownTarget(f"{resolved.recipe.text()} excludes {found[0].path} and every other target")
+    return kept
+
+
+def _activation_targets(model: nn.Module, wanted: Targets, resolved: Resolved) -> list[Target]:
     if isinstance(wanted, str) and wanted in PRESETS:
-        if wanted != "blocks":
+        if wanted not in OUTPUTS:
             raise UnknownTarget(
                 f"a method that acts on activations is attached to modules' outputs, not to {wanted!r}"
             )
-        return find_targets(model, wanted)
+        keeps, options = resolved.structure.traits["keeps"], resolved.options
+        return [t for t in find_targets(model, wanted) if keeps(t.path, options)]
     patterns = [wanted] if isinstance(wanted, str | re.Pattern) else list(wanted)
     found = [
         Target(p, m)

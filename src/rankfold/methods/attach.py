@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-import weakref
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import Incompatible, InvalidOption
 from ..layers import Adaptation, require
+from ..layers.riders import is_ridden, let_go, ride
 from ..optim import adam_options, unwrapped
 from ..weights.weight import tick
 from . import registry
@@ -25,10 +26,13 @@ from .run import MEMORY, Run
 
 _log = logging.getLogger("rankfold")
 _HANDLE = "_rankfold_attached"  # on the optimizer
-_ALIVE: weakref.WeakSet[Attached] = weakref.WeakSet()
 _WRAPPERS = (
     register_optimizer_step_post_hook.__code__.co_filename
 )  # where PyTorch wraps the steps of optimizers
+
+
+class TotalStepsChanged(UserWarning):
+    """A training goes on with another number of steps than it was begun with."""
 
 
 class Attached:
@@ -37,10 +41,13 @@ class Attached:
     Attributes:
         methods: by name, in the order in which they act on gradients; empty where there are none.
         run: the training under way, or None where there is nothing to attach.
+        scheduled: names of the methods that act by the number of steps of the whole training.
     """
 
-    def __init__(self, methods: dict[str, Dynamics], run: Run | None, point: str) -> None:
-        self.methods, self.run, self._point = methods, run, point
+    def __init__(
+        self, methods: dict[str, Dynamics], run: Run | None, point: str, scheduled: Sequence[str] = ()
+    ) -> None:
+        self.methods, self.run, self._point, self.scheduled = methods, run, point, tuple(scheduled)
         self._handles: list[Any] = []
         if run is not None:
             self._attach(run)
@@ -51,10 +58,12 @@ class Attached:
         self._resume(run)
         for name, method in self.methods.items():
             run.enter(name)
+            for path, expression in run.expressions.items():
+                method.suits(path, expression)
             method.check(run)
         setattr(run.optimizer, _HANDLE, self)
-        _ALIVE.add(self)
-        run.adaptation.adapter(run.name).attached = True
+        ride(self, run.adapter)
+        run.adapter.attached = True
         self._handles = [
             run.optimizer.register_step_pre_hook(self._before),
             run.optimizer.register_step_post_hook(self._after),
@@ -63,15 +72,22 @@ class Attached:
             run.enter(name)
             self._handles += method.watch(run)
 
+    @torch.no_grad()
     def remove(self) -> None:
-        """Let every method finish, and let go of the optimizer; what is remembered stays in its state."""
+        """Let every method finish, and let go of the optimizer; what is remembered stays in its state.
+
+        Where the adapter was removed from the model there is nothing left to finish.
+        """
         if self.run is None or not self._handles:
             return
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        let_go(self)
         self.run.restore_rates()
         delattr(self.run.optimizer, _HANDLE)
+        if self.run.removed:
+            return
         for name, method in self.methods.items():
             self.run.enter(name)
             method.finish(self.run)
@@ -121,7 +137,7 @@ class Attached:
     @torch.no_grad()
     def _gradients_ready(self) -> None:
         run = self._running()
-        if run.name not in run.adaptation.active:
+        if run.removed or run.name not in run.adaptation.active:
             raise Incompatible(
                 f"the adapter {run.name!r}, whose dynamics are attached to this optimizer, is not in use: "
                 "use it, or remove() the handle that attach returned"
@@ -131,7 +147,7 @@ class Attached:
         try:
             if not run.state["begun"]:
                 self._each(run, "begin")
-                run.state.update(begun=True, point=self._point)
+                run.state.update(begun=True, point=self._point, total_steps=run.total_steps)
             self._each(run, "gradients_ready")
         except BaseException:
             run.restore_rates()
@@ -159,12 +175,24 @@ class Attached:
         return self.run
 
     def _resume(self, run: Run) -> None:
-        """Refuse to go on from the state of another point."""
+        """Refuse to go on from the state of another point, and warn of another number of steps."""
         known = run.optimizer.param_groups[0].get(MEMORY)
-        if known is not None and known["begun"] and known["point"] != self._point:
+        if known is None or not known["begun"]:
+            return
+        if known["point"] != self._point:
             raise Incompatible(
                 f"the optimizer's state was left by {known['point']!r} and cannot be continued as "
                 f"{self._point!r}"
+            )
+        before = known.get("total_steps", run.total_steps)  # what older files do not say is what it was
+        known["total_steps"] = run.total_steps
+        if self.scheduled and before != run.total_steps:
+            names = " and ".join(self.scheduled)
+            warnings.warn(
+                f"the training was begun with total_steps={before} and goes on with {run.total_steps}: "
+                f"{names} follow{'s' * (len(self.scheduled) == 1)} the new total",
+                TotalStepsChanged,
+                stacklevel=2,
             )
 
 
@@ -201,7 +229,8 @@ def attach(
     Args:
         model: an adapted model.
         optimizer: holds the adapter's parameters; a wrapper such as Accelerate's will do.
-        total_steps: optimizer steps of the whole training, for schedules.
+        total_steps: optimizer steps of the whole training, for schedules. Training that resumes with another
+            number warns (`TotalStepsChanged`), and the schedules follow the new one from there.
         scheduler: of the learning rate, for dynamics that restart it.
         validation: batches, for dynamics that need them.
         loss: `loss(model, batch)`, for dynamics that need it.
@@ -237,19 +266,14 @@ def attach(
     given = {"total_steps": total_steps, "scheduler": scheduler, "validation": validation, "loss": loss}
     _check_given(resolved, given)
     _check_holds(adaptation, name, inner)
-    if is_attached(adaptation, name) and getattr(inner, _HANDLE, None) is None:
+    if is_ridden(adaptation.adapter(name)) and getattr(inner, _HANDLE, None) is None:
         raise Incompatible(
             f"the dynamics of {name!r} are attached to another optimizer; remove() that handle first"
         )
     run = Run(adaptation, name, inner, **given)
     _check_owned(resolved, run)
-    return Attached(resolved.riding, run, resolved.recipe.text())
-
-
-def is_attached(adaptation: Adaptation, name: str) -> bool:
-    """Say whether a handle acts on an adapter."""
-    runs = [handle.run for handle in _ALIVE if handle.run is not None and handle._handles]
-    return any(run.adaptation is adaptation and run.name == name for run in runs)
+    scheduled = [name for name, need in _needs(resolved) if need == "total_steps"]
+    return Attached(resolved.riding, run, resolved.recipe.text(), scheduled)
 
 
 def attachable(adaptation: Adaptation) -> tuple[str, Resolved | None]:
@@ -269,16 +293,21 @@ def attachable(adaptation: Adaptation) -> tuple[str, Resolved | None]:
     return found[0] if found else (", ".join(adaptation.active) or "no active adapter", None)
 
 
-def _check_given(resolved: Resolved, given: dict[str, Any]) -> None:
+def _needs(resolved: Resolved) -> Iterator[tuple[str, str]]:
+    """Yield the methods by name with what each of them has to be given."""
     for name in resolved.dynamics:
-        for need in registry.get("dynamics", name).traits["needs"]:
-            if given[need] is None:
-                raise InvalidOption(f"{name} needs {need}: pass {need}= to attach")
+        yield from ((name, need) for need in registry.get("dynamics", name).traits["needs"])
     for scope, rule in resolved.riding.items():
-        for need in getattr(rule, "needs", ()):
-            if given[need] is None:
-                name = scope.rpartition("=")[2]
-                raise InvalidOption(f"{name} needs {need}: pass {need}= to attach")
+        yield from ((scope.rpartition("=")[2], need) for need in getattr(rule, "needs", ()))
+
+
+def _check_given(resolved: Resolved, given: dict[str, Any]) -> None:
+    for name, need in _needs(resolved):
+        if given[need] is None:
+            raise InvalidOption(f"{name} needs {need}: pass {need}= to attach")
+    scheduler = given["scheduler"]
+    if scheduler is not None and not all(hasattr(scheduler, word) for word in ("state_dict", "step")):
+        raise InvalidOption(f"scheduler must be one of PyTorch's or a wrapper of it, not {scheduler!r}")
     steps = given["total_steps"]
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise InvalidOption(f"total_steps must be a whole number of at least 1, not {steps!r}")

@@ -45,7 +45,8 @@ def needed(resolved: Resolved, asked: int | None, largest: int) -> dict[str, lis
         asked: the rank that was asked for, or None.
         largest: the most that a weight may get.
     """
-    names = needs_of(resolved.init, resolved.init_options, largest)
+    names = needs_of(resolved.structure, resolved.options, largest)
+    names += needs_of(resolved.init, resolved.init_options, largest)
     names += needs_of(resolved.ranks, resolved.ranks_options, asked or 0)
     sets: dict[str, list[Wanted]] = {}
     for need in names:
@@ -65,7 +66,7 @@ def check_given(resolved: Resolved, sets: Mapping[str, list[Wanted]], given: Cal
         Incompatible: something would not be read.
     """
     point = resolved.recipe.text()
-    readers = [m for m in (resolved.init, resolved.ranks) if m is not None]
+    readers = [m for m in (resolved.structure, resolved.init, resolved.ranks) if m is not None]
     if sets and given.data is None:
         names = sorted({need[0] for needs in sets.values() for need in needs})
         who = " and ".join(m.name for m in readers if m.traits["needs"])
@@ -76,7 +77,8 @@ def check_given(resolved: Resolved, sets: Mapping[str, list[Wanted]], given: Cal
     named = isinstance(data, Mapping) and not isinstance(data, Statistics)
     wanted = {name or UNNAMED for name in sets} if set(sets) != {""} else {""}
     if sets and (set(data) if named else {""}) != wanted:  # type: ignore[arg-type]
-        raise InvalidOption(f"{point} reads {len(sets)} set(s) of batches: pass {_wanted(sets)}")
+        alone = "; the command line has one set of data only, so adapt in Python" if len(sets) > 1 else ""
+        raise InvalidOption(f"{point} reads {len(sets)} set(s) of batches: pass {_wanted(sets)}{alone}")
     rate = resolved.init if resolved.init and resolved.init.traits["rate"] else None
     if rate is not None and given.learning_rate is None:
         raise InvalidOption(f"{rate.name} depends on the learning rate: pass lr=")

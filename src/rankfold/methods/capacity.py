@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,11 @@ def asked_rank(resolved: Resolved, rank: Any) -> int | None:
         InvalidRank: it is no rank that the structure can have.
     """
     traits, name = resolved.structure.traits, resolved.structure.name
+    rank = resolved.rank if rank is None else rank
     if traits["rank"] is None:
         if rank is not None:
             raise InvalidRank(f"{name} has no rank; leave rank= away")
         return None
-    rank = traits["rank"] if rank is None else rank
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise InvalidRank(f"rank must be a whole number of at least 1, not {rank!r}")
     multiple = traits["multiple"](resolved.options)
@@ -86,7 +86,7 @@ def allotted_ranks(
         return _shared(resolved, units, asked, notes)
     over = [u for u in units if u.limit is not None and asked > u.limit]
     if over and rank is not None and (explicit or len(over) == len(units)):
-        raise InvalidRank(_too_high(over[0], asked))
+        raise InvalidRank(_too_high(resolved.structure.name, over[0], asked))
     ranks: dict[str, int | None] = {u.path: asked for u in units}
     capped = {u.path: _capped(resolved.structure.name, u) for u in over}
     notes += [
@@ -97,7 +97,7 @@ def allotted_ranks(
 
 def units_of(resolved: Resolved, sites: Mapping[str, Place]) -> list[Unit]:
     """Return the weights as what takes part in sharing out a budget."""
-    traits, blocks = resolved.structure.traits, _blocks(sites)
+    traits, blocks = resolved.structure.traits, blocks_of(sites)
     multiple, names = traits["multiple"](resolved.options), list(dict.fromkeys(blocks.values()))
     return [
         Unit(
@@ -113,7 +113,7 @@ def units_of(resolved: Resolved, sites: Mapping[str, Place]) -> list[Unit]:
     ]
 
 
-def _blocks(sites: Mapping[str, Place]) -> dict[str, str]:
+def blocks_of(sites: Iterable[str]) -> dict[str, str]:
     """Name the block that every weight lies in: its path up to the first number in it."""
     found = {path: re.match(r"(?:.*?\.)?\d+(?=\.|$)", path) for path in sites}
     return {path: match.group(0) if match else path for path, match in found.items()}
@@ -141,7 +141,8 @@ def _shared(resolved: Resolved, units: Sequence[Unit], rank: int, notes: list[Wa
 def _checked(name: str, unit: Unit, rank: Any) -> int:
     fits = isinstance(rank, int) and rank >= 0 and rank % unit.multiple == 0
     if not fits or (unit.limit is not None and rank > unit.limit):
-        raise InvalidRank(_too_high(unit, rank) if fits else f"{unit.path}: {name} gave it the rank {rank!r}")
+        refused = f"{unit.path}: {name} gave it the rank {rank!r}"
+        raise InvalidRank(_too_high(name, unit, rank) if fits else refused)
     return int(rank)
 
 
@@ -171,6 +172,7 @@ def _limit(resolved: Resolved, site: Place) -> int | None:
     return min((int(t["limit"](site.shape)) for t in traits if t["limit"] is not None), default=None)
 
 
-def _too_high(unit: Unit, rank: int) -> str:
+def _too_high(name: str, unit: Unit, rank: int) -> str:
     shape = "x".join(map(str, unit.shape))
-    return f"{unit.path}: rank {rank} is more than its weight ({shape}) can hold; choose rank <= {unit.limit}"
+    room = f"rank {rank} is more than its weight ({shape}) can hold with {name}"
+    return f"{unit.path}: {room}; choose rank <= {unit.limit}"

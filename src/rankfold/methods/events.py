@@ -5,7 +5,8 @@ Whatever a rule remembers per term follows a change of rank, as the optimizer's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ def gate_of(pair: TrainedPair) -> Tensor:
     """Return the gate (r,) of a product that has one."""
     assert pair.gate is not None
     return pair.gate
+
+
+def initial_rank(options: Mapping[str, Any], rank: int) -> int:
+    """Return the rank that a weight begins with: the option `initial` times the asked one, rounded up."""
+    return math.ceil(float(options["initial"]) * rank)
 
 
 def close(run: Run, pairs: Sequence[TrainedPair], masks: Sequence[Tensor]) -> None:
@@ -86,8 +92,3 @@ def drop_closed(run: Run) -> None:
 def over(run: Run) -> bool:
     """Say whether training has come to its end, as far as its length is known."""
     return run.total_steps is None or run.step >= run.total_steps
-
-
-def shares_in_range(shares: dict[str, Any]) -> bool:
-    """Say whether all values are in [0, 1)."""
-    return all(0 <= share < 1 for share in shares.values())

@@ -10,8 +10,8 @@ stand between the two factors. Leaves: `left` and `right`, beside those of the c
 
 from __future__ import annotations
 
-from ..errors import InvalidOption
 from ..weights import Weight
+from .limits import one_of
 from .site import Basis, Site
 
 SPLITS = ("none", "left", "right", "sqrt")
@@ -31,8 +31,7 @@ def framed(site: Site, basis: Basis, core: Weight, *, values: str = "none", pref
     Raises:
         InvalidOption: there is no such split.
     """
-    if values not in SPLITS:
-        raise InvalidOption(f"{site.path}: values must be one of {', '.join(SPLITS)}, not {values!r}")
+    one_of(site.path, SPLITS, values=values)
     left, right = basis.left, basis.right
     if values == "sqrt":
         root = basis.values.abs().sqrt()

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..layers import StructuredLayer
-from ..weights import Gated, Weight
 from .run import Run
 
 
@@ -28,13 +28,10 @@ class ChangeSensitivity:
 
     def __init__(self, run: Run) -> None:
         self._sums: dict[str, Tensor] = {}
-        whole = [path for path, expression in run.expressions.items() if _has_matrix(expression)]
-        owners = {id(run.adaptation.layers[path]): path for path in whole}
-        self.handles = [
-            layer.register_forward_hook(_forward_hook(self._sums, owners[id(owner)]), with_kwargs=True)
-            for layer in run.adaptation.layers.values()
-            if id(owner := layer.lender or layer) in owners
-        ]
+        self.handles = watch_gradients(run, self._add)
+
+    def _add(self, path: str, layer: StructuredLayer, x: Tensor, gradient: Tensor) -> None:
+        self._sums[path] = self._sums.get(path, 0.0) + _sensitivity(layer, x, gradient)
 
     def take(self) -> dict[str, Tensor] | None:
         """Return the sums since the last call by path; None if one is not finite, as after a skipped step."""
@@ -43,22 +40,36 @@ class ChangeSensitivity:
         return taken if all(bool(torch.isfinite(value)) for value in taken.values()) else None
 
 
-def _has_matrix(expression: Weight) -> bool:
-    return not any(isinstance(part, Gated) for part in expression.modules())
+Arrived = Callable[[str, StructuredLayer, Tensor, Tensor], None]
 
 
-def _forward_hook(sums: dict[str, Tensor], path: str) -> Callable[..., None]:
+def watch_gradients(
+    run: Run, arrived: Arrived, wanted: Callable[[str], bool] = lambda path: True
+) -> list[RemovableHandle]:
+    """Put hooks on the adapted layers that hand on the inputs and the gradients of the outputs.
+
+    Args:
+        run: the training.
+        arrived: called with path, layer, input and the gradient of the output; `weight_gradient` takes those.
+        wanted: asked in every forward; an input is held until backward only where it says so.
+    """
+    whole = [path for path, expression in run.expressions.items() if expression.has_matrix()]
+    owners = {id(run.adaptation.layers[path]): path for path in whole}
+    return [
+        layer.register_forward_hook(_forward_hook(owners[id(owner)], arrived, wanted), with_kwargs=True)
+        for layer in run.adaptation.layers.values()
+        if id(owner := layer.lender or layer) in owners
+    ]
+
+
+def _forward_hook(path: str, arrived: Arrived, wanted: Callable[[str], bool]) -> Callable[..., None]:
     def called(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not isinstance(module, StructuredLayer) or module.expression is None:
             return
-        if not isinstance(output, Tensor) or not output.requires_grad:
+        if not isinstance(output, Tensor) or not output.requires_grad or not wanted(path):
             return
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-
-        def arrived(gradient: Tensor) -> None:
-            sums[path] = sums.get(path, 0.0) + _sensitivity(module, x, gradient)
-
-        output.register_hook(arrived)
+        output.register_hook(lambda gradient: arrived(path, module, x, gradient))
 
     return called
 
@@ -74,5 +85,8 @@ def weight_gradient(layer: StructuredLayer, x: Tensor, gradient: Tensor) -> Tens
     """Return dL/dW (out, in) of a layer from an input and the gradient of its output."""
     with torch.enable_grad():
         probe = torch.zeros(layer.shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
-        y = F.embedding(x, probe) if layer.looked_up else layer.op.apply(x.to(probe.dtype), probe)
+        if layer.looked_up:  # as in the plain layer, the padding row has no gradient
+            y = F.embedding(x, probe, layer.padding_idx)
+        else:
+            y = layer.op.apply(x.to(probe.dtype), probe)
         return torch.autograd.grad(y, probe, gradient)[0]

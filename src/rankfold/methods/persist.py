@@ -21,7 +21,7 @@ from ..errors import (
 from ..formats import native, peft
 from ..formats.export import kind_and_window, refuse_tied
 from ..layers import StructuredLayer, require
-from ..weights import adopt_ranks, owned
+from ..weights import adopt_ranks, adopt_selections, owned
 from .capacity import Allotment
 from .checkpoints import describe
 from .prepare import Prepared, install, prepare
@@ -154,6 +154,8 @@ def _load_native(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
         raise FormatError(
             f"{folder}: this version of Rankfold plans the shared indices differently; it cannot load them"
         )
+    for path, expression in prepared.expressions.items():
+        adopt_selections(expression, native.leaves_of(path, adapter.tensors))
     changed = resolve(Recipe.from_dict(record["recipe"]), {}).rule is not None or record.get("squeezed")
     if changed:  # ranks may be others than those that were built
         for path, expression in prepared.expressions.items():

@@ -24,11 +24,13 @@ from ..layers import (
     adaptation_of,
     attach,
     find_modules,
+    gated_block,
     task_heads,
 )
+from ..layers.targets import candidates
 from ..weights import Moved, Pooled, Weight
 from .aim import chosen_targets, follow_ties, inside, is_preset, refuse_overlap
-from .calibrate import Calibration, check_given, collected, needed
+from .calibrate import Calibration, Collected, check_given, collected, needed
 from .capacity import Allotment, allotted_ranks, asked_rank, largest_rank
 from .checkpoints import Checkpoints
 from .recipe import Resolved
@@ -100,8 +102,10 @@ def prepare(
     weightless = resolved.structure.traits["activations"]
     layers = {} if weightless else {t.path: adaptation.layer_for(t) for t in lenders}
     notes: list[Warning] = [TieFollowed(f"{t.path} shares its tensor with {path}") for t, path in borrowers]
-    common = {"seed": seed, "blank": blank, "gates": adaptation.carrier.gates}
+    common = {"seed": seed, "blank": blank, "gates": adaptation.carrier.gates, "hidden": _hidden(model)}
+    common["known_adapters"] = tuple(adaptation.adapters)
     sites = _sites(model, resolved, lenders, layers, {**common, "gate_key": _gate_key(resolved, name)})
+    fresh = allotment is None  # and not read from a file
     if allotment is None:
         sites = _calibrated(model, resolved, sites, rank, blank, calibration or Calibration())
         allotment = allotted_ranks(resolved, sites, rank, not is_preset(targets), notes)
@@ -110,6 +114,9 @@ def prepare(
     built = {path: _build(resolved, _with_shared(site, planned), ranks[path]) for path, site in sites.items()}
     weights = {p: b for p, b in built.items() if isinstance(b, Weight)}
     _refuse_layers(layers, weights)
+    for method in resolved.riding.values() if fresh else ():
+        for path, expression in weights.items():
+            method.suits(path, expression)
     record = _record(resolved, seed, allotment, list(sites), trained) | {"plan": planned.digest()}
     adapter = Adapter(name, record, resolved.structure.traits["stage"], list(sites))
     adapter.shared = {key: _attribute(name, key) for key in planned.shared}
@@ -144,13 +151,24 @@ def _calibrated(
     check_given(resolved, sets, given)
     if blank and not (resolved.ranks and resolved.ranks.traits["needs"]):
         return sites
-    found = collected(model, list(sites), sets, given) if sets else {}
-    return {
-        path: replace(site, statistics=found.get(path, {}), learning_rate=given.learning_rate)
-        if isinstance(site, Site)
-        else site
-        for path, site in sites.items()
-    }
+    read = {path: _read_there(model, site) for path, site in sites.items()}
+    found = collected(model, [p for paths in read.values() for p in paths], sets, given) if sets else {}
+    return {path: _informed(site, read[path], found, given) for path, site in sites.items()}
+
+
+def _informed(site: Place, read: list[str], found: Collected, given: Calibration) -> Place:
+    """Let a site read what was collected for it."""
+    if isinstance(site, Site):
+        return replace(site, statistics=found.get(site.path, {}), learning_rate=given.learning_rate)
+    assert isinstance(site, OutputSite)
+    return replace(site, statistics={p[len(site.path) + 1 :]: found.get(p, {}) for p in read})
+
+
+def _read_there(model: nn.Module, site: Place) -> list[str]:
+    """Return the weights of which statistics are taken for a site: itself, or those inside a module."""
+    if isinstance(site, Site):
+        return [site.path]
+    return [t.path for t in candidates(model) if inside([t], site.path)]
 
 
 def _with_ranks(sites: Mapping[str, Place], allotment: Allotment) -> dict[str, Place]:
@@ -250,18 +268,28 @@ def _weight_site(path: str, layer: StructuredLayer, resolved: Resolved, common: 
 def _output_site(model: nn.Module, target: Target, common: Mapping[str, Any]) -> OutputSite:
     first = next(target.module.parameters(), torch.zeros(()))
     dtype, device = _place_of(first)
-    return OutputSite(path=target.path, width=_width(model, target), dtype=dtype, device=device, **common)
+    width = _width(model, target)
+    return OutputSite(
+        path=target.path, module=target.module, width=width, dtype=dtype, device=device, **common
+    )
 
 
 def _place_of(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
     return (torch.float64 if tensor.dtype == torch.float64 else torch.float32), tensor.device
 
 
-def _width(model: nn.Module, target: Target) -> int:
+def _hidden(model: nn.Module) -> int | None:
+    """Return the width of a model's hidden states, where its configuration names it."""
     config = getattr(model, "config", None)
+    found = [getattr(config, attribute, None) for attribute in ("hidden_size", "d_model", "n_embd", "dim")]
+    return next((width for width in found if isinstance(width, int)), None)
+
+
+def _width(model: nn.Module, target: Target) -> int:
+    block = gated_block(target.module)
     found = [getattr(target.module, "out_features", None)]
-    found += [getattr(config, attribute, None) for attribute in ("hidden_size", "d_model", "n_embd", "dim")]
-    width = next((w for w in found if isinstance(w, int)), None)
+    found += [block.projections()[2].out_features] if block else []
+    width = next((w for w in [*found, _hidden(model)] if isinstance(w, int)), None)
     if width is None:
         raise UnsupportedLayer(
             f"{target.path}: the width of its output is not known; its model has no hidden_size"
@@ -343,6 +371,8 @@ def install(model: nn.Module, prepared: Prepared) -> Adaptation:
         _attach_branch(model, adapter, path, branch)
     for key, rule in prepared.gate_rules.items():
         adaptation.carrier.add(key, rule)
+        if hasattr(rule, "own"):
+            rule.own(model, adapter.name, adapter.shared)
         adapter.gate_keys.add(key)
     adaptation.add(adapter, prepared.train)
     return adaptation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import Incompatible, InvalidOption, UnknownMethod, near_names
@@ -13,6 +13,7 @@ from .registry import Method
 from .rules import DynamicRanks, Dynamics
 
 Part = str | tuple[str, Mapping[str, Any]]
+_AIM = ("targets", "exclude", "rank")  # of a recipe, beside its parts
 
 
 def split_part(part: Part) -> tuple[str, dict[str, Any]]:
@@ -39,6 +40,10 @@ class Recipe:
         init: where its factors start; None takes the paper's.
         ranks: how much rank each weight gets.
         dynamics: how its parameters move.
+        targets: the weights that are meant where none are named, as `adapt` takes them in text; None takes
+            the structure's default.
+        exclude: names or patterns of what is left out of those targets, with everything inside.
+        rank: the rank that is meant where none is given; None takes the structure's default.
 
     Every part is a name, or (name, options).
 
@@ -51,6 +56,9 @@ class Recipe:
     init: Part | None = None
     ranks: Part | None = None
     dynamics: Sequence[Part] = field(default_factory=tuple)
+    targets: str | Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    rank: int | None = None
 
     def text(self) -> str:
         """Return the point as text, without options."""
@@ -61,20 +69,26 @@ class Recipe:
         """Return the recipe as plain data."""
         plain = {axis: getattr(self, axis) for axis in ("structure", "init", "ranks")}
         found: dict[str, Any] = {a: list(split_part(p)) for a, p in plain.items() if p is not None}
-        return {**found, "dynamics": [list(split_part(p)) for p in self.dynamics]}
+        aim = {k: getattr(self, k) for k in _AIM if getattr(self, k) not in (None, ())}
+        aim = {k: list(v) if isinstance(v, list | tuple) else v for k, v in aim.items()}
+        return {**found, "dynamics": [list(split_part(p)) for p in self.dynamics], **aim}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """Return the recipe that `to_dict` gave."""
-        single = {a: tuple(data[a]) for a in ("structure", "init", "ranks") if data.get(a)}
-        return cls(**single, dynamics=tuple(tuple(p) for p in data.get("dynamics", ())))
+        single: dict[str, Any] = {
+            axis: tuple(data[axis]) for axis in ("structure", "init", "ranks") if data.get(axis)
+        }
+        aim = {key: data[key] for key in _AIM if data.get(key) is not None}
+        return cls(**single, dynamics=tuple(tuple(p) for p in data.get("dynamics", ())), **aim)
 
 
 def parse_point(text: str) -> Recipe:
     """Return the recipe that a text such as "dora/pissa" means.
 
     Parts stand in any order; the axis is written (`ranks=eva`) where one name lives on two axes. Without a
-    structure, it is the one that the initialiser's paper uses, or lora.
+    structure, it is the one that the initialiser's paper uses, or lora. One of the parts may be a recipe of
+    the catalogue; the others fill what it leaves open.
 
     Raises:
         UnknownMethod: a part is no method.
@@ -82,10 +96,10 @@ def parse_point(text: str) -> Recipe:
 
     Example:
         >>> parse_point("pissa/dora")
-        Recipe(structure='dora', init='pissa', ranks=None, dynamics=())
+        Recipe(structure='dora', init='pissa', ranks=None, dynamics=(), targets=None, exclude=(), rank=None)
     """
-    chosen: dict[str, str] = {}
-    dynamics: list[str] = []
+    chosen: dict[str, Any] = {}
+    dynamics: list[Part] = []
     for word in text.split("/"):
         if not word.strip():
             raise UnknownMethod(f"a part of the point {text!r} is empty; write names between the slashes")
@@ -96,8 +110,43 @@ def parse_point(text: str) -> Recipe:
             raise Incompatible(f"{text!r} gives two methods for {axis}: {chosen[axis]} and {name}")
         else:
             chosen[axis] = name
+    if "recipe" in chosen:
+        return _filled(chosen.pop("recipe"), chosen, dynamics)
     structure = chosen.pop("structure", None) or _usual_structure(chosen.get("init"))
     return Recipe(structure, dynamics=tuple(dynamics), **chosen)
+
+
+def _filled(name: str, chosen: Mapping[str, str], dynamics: Sequence[Part]) -> Recipe:
+    """Return a recipe of the catalogue with further parts on the axes that it leaves open."""
+    known = named(name)
+    for axis, part in chosen.items():
+        if getattr(known, axis) is not None:
+            raise Incompatible(
+                f"{name} is a recipe with {split_part(getattr(known, axis))[0]} for {axis}, not {part}"
+            )
+    return replace(known, **chosen, dynamics=(*known.dynamics, *dynamics))  # type: ignore[arg-type]
+
+
+def named(name: str) -> Recipe:
+    """Return what a recipe of the catalogue means.
+
+    Raises:
+        UnknownMethod: there is none of that name, or one of its parts is no method.
+        InvalidOption: what it means is no recipe.
+
+    Example:
+        >>> named("ecg-lora").text()
+        'lora'
+    """
+    known = registry.get("recipe", name).build()
+    if not isinstance(known, Recipe):
+        raise InvalidOption(f"the recipe {name} means {known!r}, which is no Recipe")
+    for axis in ("structure", "init", "ranks"):
+        if getattr(known, axis) is not None:
+            registry.get(axis, split_part(getattr(known, axis))[0])
+    for part in known.dynamics:
+        registry.get("dynamics", split_part(part)[0])
+    return known
 
 
 def _usual_structure(init: str | None) -> str:
@@ -106,16 +155,16 @@ def _usual_structure(init: str | None) -> str:
 
 def _axis_of(word: str, chosen: Mapping[str, str]) -> tuple[str, str]:
     axis, _, name = word.rpartition("=")
-    four = ("structure", "init", "ranks", "dynamics")
+    known_axes = ("structure", "init", "ranks", "dynamics", "recipe")
     if axis:
-        if axis not in four:
-            listed = near_names(axis, four) or f"; its axes are {', '.join(four)}"
+        if axis not in known_axes:
+            listed = near_names(axis, known_axes) or f"; its axes are {', '.join(known_axes)}"
             raise UnknownMethod(f"{axis!r} in {word!r} is no axis of a point{listed}")
         registry.get(axis, name)
         return axis, name
-    axes = [a for a in registry.axes_of(name) if a in four]
+    axes = [a for a in registry.axes_of(name) if a in known_axes]
     if not axes:
-        known = {m.name for m in registry.methods() if m.axis in four}
+        known = {m.name for m in registry.methods() if m.axis in known_axes}
         raise UnknownMethod(f"no method is called {name!r}{near_names(name, known)}")
     if len(axes) > 1:
         raise Incompatible(
@@ -136,6 +185,8 @@ class Resolved:
         rule: the dynamic rank rule, made with its options, or None.
         training: what the structure's own paper does around every step, or None.
         dynamics: how the parameters move, each made with its options, by name.
+        targets, exclude: the weights that are meant where none are named.
+        rank: the rank that is meant where none is given, or None where the structure has none.
     """
 
     recipe: Recipe
@@ -148,6 +199,9 @@ class Resolved:
     rule: DynamicRanks | None
     training: Dynamics | None
     dynamics: dict[str, Dynamics]
+    targets: str | Sequence[str]
+    exclude: Sequence[str]
+    rank: int | None
 
     @property
     def riding(self) -> dict[str, Dynamics]:
@@ -215,6 +269,9 @@ def resolve(method: str | Recipe, options: Mapping[str, Any]) -> Resolved:
         rule,
         _own_training(structure),
         {d.name: d.method.build(**d.options) for d in dynamics},
+        recipe.targets or structure.trait("targets"),
+        recipe.exclude,
+        structure.trait("rank") if recipe.rank is None else recipe.rank,
     )
 
 
@@ -225,7 +282,7 @@ def _own_training(structure: Chosen) -> Dynamics | None:
         return None
     known = {f.name for f in fields(build)}
     made: Dynamics = build(**{key: value for key, value in structure.options.items() if key in known})
-    return made
+    return None if made.idle else made
 
 
 def _structure(recipe: Recipe, options: Mapping[str, Any]) -> Chosen:

@@ -25,6 +25,8 @@ AXES = (
     "federated", "edit", "analysis", "layers", "numerics", "recipe",
 )  # fmt: skip
 Shape = tuple[int, int]
+Need = str | tuple[str, Mapping[str, Any]]
+Needs = Sequence[Need] | Callable[[Mapping[str, Any], int], Sequence[Need]]
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*\+?")
 
 
@@ -37,11 +39,13 @@ class StepZero:
             largest output), or "other".
         tolerance: for "near".
         note: for "other": what the output is instead.
+        square: for "other": of square weights only; other weights start at the base.
     """
 
     kind: str
     tolerance: float = 0.0
     note: str = ""
+    square: bool = False
 
     def __str__(self) -> str:
         """Return the promise as a phrase."""
@@ -58,9 +62,9 @@ def near_base(tolerance: float) -> StepZero:
     return StepZero("near", tolerance)
 
 
-def not_base(note: str) -> StepZero:
-    """Promise another output, and say which."""
-    return StepZero("other", note=note)
+def not_base(note: str, *, square: bool = False) -> StepZero:
+    """Promise another output, of square weights only on request, and say which."""
+    return StepZero("other", note=note, square=square)
 
 
 @dataclass(frozen=True)
@@ -228,13 +232,18 @@ def structure(
     sides: bool = False,
     entries: bool = False,
     training: type | None = None,
+    apart: Sequence[str] = (),
+    chooses: bool = False,
+    one_graph: bool = True,
+    keeps: Callable[[str, Mapping[str, Any]], bool] = lambda path, options: True,
+    needs: Needs = (),
     **about: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a structure: `build(site, rank, *, options) -> Weight` (or a Branch, for `activations`).
 
     Args:
         name: in the catalogue.
-        stage: where the change stands: transform, modulate, add, normalise, or activation.
+        stage: where the change stands: replace, transform, modulate, add, normalise, or activation.
         init: the paper's initialiser, by name or (name, options); None if there is nothing to initialise.
         starts: which starts of an initialiser make sense: zero, residual, displaced, frame.
         rank: default rank; None if the structure has none.
@@ -254,6 +263,12 @@ def structure(
         entries: it has a trained leaf that meets the input itself.
         training: a class derived from `Dynamics`, made with those of the structure's options that are its
             fields: what the structure's paper does around every step of the optimizer.
+        apart: names of trained leaves that the loss gives no gradient: they learn from one of their own.
+        chooses: it chooses among its parts by comparing numbers, so that its output jumps where rounding
+            changes a choice.
+        one_graph: it compiles to one graph; one that looks at its inputs from Python does not.
+        keeps: `keeps(path, options)`, for `activations`: which of the modules that a preset finds it edits.
+        needs: as for an initialiser; with `activations`, of the linear layers inside the edited modules.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
     traits = {
@@ -261,12 +276,10 @@ def structure(
         "multiple": multiple, "layers": tuple(layers), "plan": plan, "gate": gate, "activations": activations,
         "targets": targets, "example": dict(example or {}), "refuses": tuple(refuses),
         "pairs": pairs, "sides": sides, "entries": entries, "training": training,
+        "apart": tuple(apart), "chooses": chooses, "one_graph": one_graph,
+        "keeps": keeps, "needs": needs,
     }  # fmt: skip
     return register("structure", name, **about, traits=traits)
-
-
-Needs = Sequence["Need"] | Callable[[Mapping[str, Any], int], Sequence["Need"]]
-Need = str | tuple[str, Mapping[str, Any]]
 
 
 def init(
@@ -381,6 +394,16 @@ def dynamics(
         "function": function, "example": dict(example or {}),
     }  # fmt: skip
     return register("dynamics", name, **about, traits=traits)
+
+
+def recipe(name: str, **about: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a named point: a function without parameters that returns the `Recipe` that the name means.
+
+    Args:
+        name: in the catalogue; no part of another axis may have it, for a point is written by names.
+        about: title, year, arxiv, code, formula, status, start: see `Method`.
+    """
+    return register("recipe", name, **about)
 
 
 @cache

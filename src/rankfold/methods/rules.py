@@ -65,9 +65,17 @@ class Dynamics:
     An attribute `needs` names which of total_steps, scheduler, validation and loss `attach` has to be given.
     """
 
+    @property
+    def idle(self) -> bool:
+        """Whether its options leave it nothing to do, so that a structure's training need not be attached."""
+        return False
+
     def rate(self, side: str, leaf: Leaf, expression: Weight) -> float:
         """Return what the learning rate of a leaf is multiplied by; side is output, input or ""."""
         return 1.0
+
+    def suits(self, path: str, expression: Weight) -> None:
+        """Refuse a weight to which the method has no meaning; called by `adapt` and again by `attach`."""
 
     def check(self, run: Run) -> None:
         """Refuse what this training cannot give; called by `attach`, also when training resumes."""

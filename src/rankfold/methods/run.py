@@ -92,6 +92,7 @@ class Run:
     Attributes:
         model: the adapted model.
         optimizer: that steps.
+        adapter: that is trained.
         expressions: of the adapter, by path.
         total_steps: of the whole training, or None.
         asked_rank: the rank that `adapt` was asked for, which a rank rule shares out.
@@ -112,14 +113,20 @@ class Run:
         self.model, self.optimizer, self.adaptation, self.name = adaptation.root, optimizer, adaptation, name
         self.total_steps, self.scheduler = total_steps, scheduler
         self.validation, self.loss = validation, loss
-        self.seed = int(adaptation.adapter(name).record["seed"])
-        self.asked_rank: int | None = adaptation.adapter(name).record.get("rank")
+        self.adapter = adaptation.adapter(name)
+        self.seed = int(self.adapter.record["seed"])
+        self.asked_rank: int | None = self.adapter.record.get("rank")
         self.expressions = adaptation.expressions(name)
         self._all_pairs = [
             pair for path in self.expressions for pair in _pairs_of(path, self.expressions[path])
         ]
         self._scope = ""
         self._rates: list[tuple[dict[str, Any], float]] = []
+
+    @property
+    def removed(self) -> bool:
+        """Whether the adapter is no longer in the model."""
+        return self.adaptation.adapters.get(self.name) is not self.adapter
 
     @property
     def pairs(self) -> list[TrainedPair]:

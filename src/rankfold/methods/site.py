@@ -105,6 +105,8 @@ class Place:
         dtype: of what is trained there, float32 or better.
         device: of the module.
         gates, gate_key: where a gated change finds its gate.
+        hidden: width of the model's hidden states, or None where it is not known.
+        known_adapters: names of the adapters that the model holds already.
     """
 
     path: str
@@ -114,6 +116,8 @@ class Place:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     gates: Gates = field(default_factory=Gates)
     gate_key: str = ""
+    hidden: int | None = None
+    known_adapters: tuple[str, ...] = ()
     block_name: str = ""
 
     def generator(self, name: str) -> torch.Generator:
@@ -128,6 +132,12 @@ class Place:
         """Draw a tensor uniform on [-bound, bound], alike on every device."""
         drawn = torch.rand(shape, generator=self.generator(name))
         return (bound * (2 * drawn - 1)).to(self.device, self.dtype)
+
+    def orthonormal(self, name: str, rows: int, columns: int) -> Tensor:
+        """Draw a matrix with orthonormal columns, columns <= rows; zeros where values will be loaded."""
+        if self.blank:
+            return self.zeros(rows, columns)
+        return torch.linalg.qr(self.normal(name, rows, columns)).Q
 
     def zeros(self, *shape: int) -> Tensor:
         """Return zeros."""
@@ -147,10 +157,31 @@ class OutputSite(Place):
     """A module whose output is about to be edited.
 
     Attributes:
+        module: the module itself.
         width: channels of the output.
+        statistics: what a calibration pass collected for the weights inside the module, by their path in it
+            and data set.
     """
 
+    module: nn.Module
     width: int
+    statistics: Mapping[str, Mapping[str, WeightStatistics]] = field(default_factory=dict)
+
+    def statistic(self, name: str, *, inside: str, data: str = "", **options: Any) -> Any:
+        """Return what a calibration pass collected for a weight inside the module.
+
+        Args:
+            name: as `collect` knows it.
+            inside: path of the weight in the module.
+            data: the data set, where there are several.
+            options: those that it was collected with.
+
+        Raises:
+            InvalidOption: it was not collected.
+        """
+        if data not in self.statistics.get(inside, {}):
+            raise InvalidOption(f"{self.path}: {name} of {inside!r} was not collected")
+        return self.statistics[inside][data].get(name, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

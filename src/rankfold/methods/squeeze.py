@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import Incompatible, InvalidOption, InvalidRank
 from ..layers import Adapter, require
+from ..layers.riders import is_ridden
 from ..linalg import squeeze_factors
 from ..weights import Dense, Pair, Sum, Weight
 from ..weights.weight import tick
 from . import registry
-from .attach import is_attached
 from .recipe import Recipe, resolve
 
 
@@ -56,7 +56,7 @@ def squeeze(model: nn.Module, rank: int | None = None, *, name: str | None = Non
     """
     _check(model, rank)
     adaptation = require(model)
-    if any(is_attached(adaptation, each) for each in adaptation.adapters):
+    if any(is_ridden(each) for each in adaptation.adapters.values()):
         raise Incompatible("dynamics are attached to an optimizer; remove() their handle before squeezing")
     adapter, active = adaptation.adapter(name), adaptation.active
     if adapter.name not in active:

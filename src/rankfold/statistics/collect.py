@@ -59,7 +59,9 @@ def collect(
         loss: `loss(model, batch)` runs the model; None reads `out.loss` or `out["loss"]`.
         mask: which tokens count in statistics of activations: "padding" reads `attention_mask` (batch,
             tokens), "labels" also leaves out tokens with the label -100, None counts all, a function of the
-            batch returns (batch, tokens). Activations without these axes count whole.
+            batch returns (batch, tokens). It is applied to activations whose first axes are (batch, tokens),
+            (tokens, batch), or both as one axis of that length, the batch outside. Where there are as many
+            examples as tokens, the first axis is taken for the batch. Other activations count whole.
         nan: "error", or "skip" to leave out every batch whose loss, activations or gradients are not finite;
             each batch then runs twice, once to find out.
         progress: whether to show a bar on a terminal.

@@ -60,13 +60,14 @@ def patches(op: Convolution, x: Tensor) -> Tensor:
 def kept(lead: tuple[int, ...], mask: Tensor | None) -> Tensor | None:
     """Return which rows of activations (*lead, width) a mask (batch, tokens) keeps, shaped for them, or None.
 
-    Activations that do not start with the mask's axes, such as pooled ones, are kept whole; those of which
-    batch and tokens are one axis are recognised by its length.
+    Activations that do not start with the mask's axes, in either order, such as pooled ones, are kept whole;
+    those of which batch and tokens are one axis, in that order, are recognised by its length.
     """
     if mask is None:
         return None
-    if lead[:2] == tuple(mask.shape):
-        return mask
+    for laid in (mask, mask.T):
+        if lead[:2] == tuple(laid.shape):
+            return laid
     return mask.flatten() if lead == (mask.numel(),) else None
 
 
@@ -90,9 +91,9 @@ def rows(activations: Tensor, mask: Tensor | None) -> Rows:
         return Rows(activations.reshape(-1, width), samples.repeat_interleave(math.prod(lead[1:])))
     assert mask is not None
     keep = keep.to(activations.device)
-    samples = (
-        torch.arange(len(mask), device=keep.device)[:, None].expand(mask.shape).reshape(keep.shape)[keep]
-    )
+    examples = kept(lead, torch.arange(len(mask), device=keep.device)[:, None].expand(mask.shape))
+    assert examples is not None  # laid out as the mask is
+    samples = examples[keep]
     return Rows(
         activations[keep].reshape(-1, width), samples.repeat_interleave(math.prod(lead[keep.dim() :]))
     )

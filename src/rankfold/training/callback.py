@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rankfold.errors import MissingDependency
 from rankfold.layers import adaptation_of
 from rankfold.methods.attach import attach
+from rankfold.training.routed import adapted_root, add_to_loss
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback as Base
@@ -26,6 +27,8 @@ def TrainerCallback(  # noqa: N802  # stands where the library's class of that n
 
         optimizer = torch.optim.AdamW(rf.param_groups(model, lr=1e-3))
         Trainer(model, ..., callbacks=[rf.TrainerCallback()], optimizers=(optimizer, None))
+
+    The balance losses of routed mixtures are added to the loss that the model returns.
 
     Args:
         validation: batches, for dynamics that need them.
@@ -50,6 +53,7 @@ def TrainerCallback(  # noqa: N802  # stands where the library's class of that n
         """Attaches when training begins and lets go when it ends."""
 
         handle: Any = None
+        hook: Any = None
 
         def on_train_begin(
             self,
@@ -63,8 +67,10 @@ def TrainerCallback(  # noqa: N802  # stands where the library's class of that n
         ) -> None:
             """Attach to the optimizer, whose state has been loaded where training resumes."""
             if self.handle is not None:  # of a training that was interrupted
-                self.handle.remove()
-            adapted = next((m for m in model.modules() if adaptation_of(m) is not None), model)
+                self.on_train_end(args, state, control)
+            adapted = adapted_root(model) or model
+            if adaptation_of(adapted) is not None:
+                self.hook = add_to_loss(adapted, args.gradient_accumulation_steps)
             scheduler = kwargs.get("lr_scheduler")
             self.handle = attach(
                 adapted,
@@ -78,5 +84,7 @@ def TrainerCallback(  # noqa: N802  # stands where the library's class of that n
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """Let the methods finish."""
             self.handle.remove()
+            if self.hook is not None:
+                self.hook.remove()
 
     return AttachedTraining()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import rankfold as rf
+from rankfold.methods.recipe import split_part
 from rankfold.training.config import RunConfig, json_settings
 from rankfold.training.memory import Memory, readable
 from rankfold.training.metrics import Score
@@ -84,7 +85,7 @@ class RunResult:
     def next_command(self) -> str:
         """A command that makes a stock checkpoint of the result, or that loads one which has no such form."""
         out, model = str(self.out), self.config.model
-        structure = rf.parse_point(self.config.method).structure
+        structure, _ = split_part(rf.parse_point(self.config.method).structure)
         traits = rf.find_method(f"structure={structure}").traits
         if traits["gate"] is None and not traits["activations"]:
             return shlex.join(["rankfold", "fold", out, "--model", model, "--out", f"{out}-folded"])

@@ -158,7 +158,11 @@ def _adapt_arguments(prepared: Prepared, point: rf.Recipe) -> dict[str, Any]:
     config, resolved = prepared.config, resolve(point, {})
     reads_data = any(
         needs_of(m, o, 1)
-        for m, o in ((resolved.init, resolved.init_options), (resolved.ranks, resolved.ranks_options))
+        for m, o in (
+            (resolved.structure, resolved.options),
+            (resolved.init, resolved.init_options),
+            (resolved.ranks, resolved.ranks_options),
+        )
     )
     reads_rate = resolved.init is not None and resolved.init.traits["rate"]
     return {
@@ -226,12 +230,13 @@ def _training_arguments(config: RunConfig, folder: RunFolder) -> "TrainingArgume
 def _trainer(
     model: "nn.Module", arguments: "TrainingArguments", prepared: Prepared, progress: bool
 ) -> "Trainer":
-    from transformers import PrinterCallback, Trainer
+    from transformers import PrinterCallback
 
     from rankfold.training.progress import ProgressBar
+    from rankfold.training.routed import routed_trainer
 
     moving = attachable(require(model))[1] is not None
-    trainer = Trainer(
+    trainer = routed_trainer()(
         model=model,
         args=arguments,
         train_dataset=prepared.training,

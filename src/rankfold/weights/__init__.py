@@ -1,12 +1,16 @@
 """The weight language: every weight is an expression over a few structured linear maps."""
 
+from .bases import RandomMixture, ScaledBases
 from .composites import Composite, Dropped, Scaled
-from .gates import Gated, Gates
+from .experts import Experts, Given, Router, Same
+from .gates import Gate, Gated, Gates
+from .gram import Gram
 from .kernelwise import Polyadic, Viewed
 from .leaves import (
     Base,
     Dense,
     Foreign,
+    Joined,
     Masked,
     Mixture,
     Moved,
@@ -22,6 +26,9 @@ from .op import LINEAR, Convolution, Op
 from .orthogonal import Cayley, Identity, Shifted
 from .products import Hadamard, Modulated, Product
 from .rectified import Affine, Rectified
+from .rescaled import Rescaled
+from .selection import Rectangle, Scattered, Selection, ThinRectangle, adopt_selections
+from .shards import Repeated, Sharded
 from .structured import (
     BlockDiagonal,
     Diagonal,
@@ -50,12 +57,17 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Dropped",
+    "Experts",
     "Foreign",
+    "Gate",
     "Gated",
     "Gates",
+    "Given",
+    "Gram",
     "Grid",
     "Hadamard",
     "Identity",
+    "Joined",
     "Kronecker",
     "Leaf",
     "Masked",
@@ -69,21 +81,33 @@ __all__ = [
     "Polyadic",
     "Pooled",
     "Product",
+    "RandomMixture",
+    "Rectangle",
     "Rectified",
     "Reflections",
+    "Repeated",
+    "Rescaled",
+    "Router",
+    "Same",
     "Scaled",
+    "ScaledBases",
+    "Scattered",
     "Seeded",
     "Select",
+    "Selection",
+    "Sharded",
     "Shifted",
     "Sparse",
     "Split",
     "Sum",
     "TensorTrain",
+    "ThinRectangle",
     "Transposed",
     "Tucker",
     "Viewed",
     "Weight",
     "adopt_ranks",
+    "adopt_selections",
     "frozen",
     "owned",
     "row_norms",

@@ -106,6 +106,13 @@ class Scaled(Weight):
 
     map = forward
 
+    def pull(self, x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what the inner expression yields, its gradients times a constant; a trained one needs all."""
+        if isinstance(self.scale, Leaf):
+            yield from super().pull(x, grad)
+        else:
+            yield from ((made, self.scale * own) for made, own in self.inner.pull(x, grad))
+
     def rows(self, ids: Tensor) -> Tensor:
         """Return scaled rows."""
         return self.factor() * self.inner.rows(ids)

@@ -1,16 +1,19 @@
-"""Gates that travel beside the input: one number per (batch, token) that multiplies a term.
+"""Gates that travel beside the input: numbers per (batch, token, expert) that multiply a term.
 
-A gate is computed once per forward of the root model, from its inputs, and read by the terms and branches
-that it controls. Recomputation under gradient checkpointing restores the gates of the forward that it repeats
+A gate is computed once per forward of the root model, from its inputs, or by a router from what a layer
+reads. The terms and branches that it controls read it from one `Gates`, which the model's adapters share.
+Recomputation under gradient checkpointing restores the gates of the forward that it repeats
 (`layers.carrier`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import NotDense
@@ -18,36 +21,121 @@ from .op import LINEAR, Op
 from .weight import Leaf, Pair, Weight
 
 
+@dataclass(frozen=True)
+class Gate:
+    """The values of one gate in one forward.
+
+    Attributes:
+        values: (batch, token, expert); a batch or token axis of length 1 serves all rows or tokens.
+        image: (height, width) where tokens are the points of an image; layers that read the image at another
+            size of the same shape get the gate resized.
+        opened: the experts that are open somewhere, where the rule knows; the others are not computed.
+    """
+
+    values: Tensor
+    image: tuple[int, int] | None = None
+    opened: frozenset[int] | None = None
+
+    def at(self, x: Tensor) -> Tensor | None:
+        """Return the values for an activation x (batch, ..., channels), or None where they do not fit it."""
+        values = self.values
+        if self.image is not None and x.dim() == 3 and x.shape[1] != values.shape[1]:
+            values = self._resized(x.shape[1])
+        rows = values.shape[0] in (1, x.shape[0])
+        if rows and values.shape[1] == 1:
+            return values.reshape(values.shape[0], *[1] * (x.dim() - 2), values.shape[2])
+        return values if rows and x.dim() == 3 and values.shape[1] == x.shape[1] else None
+
+    def _resized(self, tokens: int) -> Tensor:
+        assert self.image is not None
+        height, width = self.image
+        rows = round((tokens * height / width) ** 0.5)
+        if rows == 0 or tokens % rows or rows * width != tokens // rows * height:
+            return self.values
+        image = self.values.float().transpose(1, 2).unflatten(2, (height, width))
+        resized = F.interpolate(image, (rows, tokens // rows), mode="nearest")
+        return resized.flatten(2).transpose(1, 2).to(self.values.dtype)
+
+
 class Gates:
-    """The gates of the forward pass under way, by key."""
+    """What travels beside the forward pass under way.
+
+    Attributes:
+        current: the gates by key.
+        kept: what is decided once for all calls that share a key-value cache.
+        past: tokens that the cache holds already.
+        collected: losses that the layers of this forward leave, by layer.
+        drawn: log-probabilities (batch,) of what the layers of this forward have drawn, by layer.
+        recording: the forward of the whole model records gradients.
+        replaying: a checkpointed part is being computed again.
+    """
 
     def __init__(self) -> None:
-        self.current: dict[str, Tensor] = {}
+        self.current: dict[str, Gate] = {}
+        self.kept: dict[str, Any] = {}
+        self.past = 0
+        self.collected: dict[str, Callable[[], Tensor]] = {}
+        self.drawn: dict[str, Callable[[], Tensor]] = {}
+        self.recording = self.replaying = False
 
-    def read(self, key: str, x: Tensor) -> Tensor:
-        """Return the gate for an activation x (batch, token, channels), as (batch, token, 1).
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gates:
+        made = memo[id(self)] = Gates()
+        return made
+
+    def gate(self, key: str) -> Gate:
+        """Return a gate.
 
         Raises:
-            NotDense: there is no gate, or it is for another number of tokens.
+            NotDense: it is not set.
         """
         gate = self.current.get(key)
         if gate is None:
             raise NotDense(
                 f"the gate {key!r} is not set: call the whole adapted model, not one of its layers"
             )
-        if x.dim() != 3 or gate.shape != x.shape[:2]:
+        return gate
+
+    def read(self, key: str, x: Tensor) -> Tensor:
+        """Return the gate for an activation x (batch, ..., channels), as (batch, ..., expert).
+
+        Raises:
+            NotDense: there is no gate, or it is for another number of tokens.
+        """
+        gate = self.gate(key)
+        values = gate.at(x)
+        if values is None:
             raise NotDense(
-                f"the gate {key!r} is for (batch, token) = {tuple(gate.shape)}, the input is {tuple(x.shape)}"
+                f"the gate {key!r} is for (batch, token) = {tuple(gate.values.shape[:2])}, the input is "
+                f"{tuple(x.shape)}"
             )
-        return gate[..., None].to(x.dtype)
+        return values.to(x.dtype)
+
+    def collect(self, name: str, loss: Callable[[], Tensor]) -> None:
+        """Leave a loss of a layer to be asked for after the forward; nothing is left by a recomputation."""
+        if not self.replaying:
+            self.collected[name] = loss
+
+    def draw(self, name: str, score: Callable[[], Tensor]) -> None:
+        """Leave the log-probability (batch,) of what a layer has drawn; nothing by a recomputation."""
+        if not self.replaying:
+            self.drawn[name] = score
 
 
 class Gated(Weight):
-    """A term that acts only where its gate is open; it has no matrix of its own."""
+    """A term that acts only where its gate is open; it has no matrix of its own.
 
-    def __init__(self, inner: Weight, gates: Gates, key: str) -> None:
+    Args:
+        inner: the term.
+        gates: of the model.
+        key: of its gate.
+        expert: which of the gate's experts it is.
+    """
+
+    by_token = True
+
+    def __init__(self, inner: Weight, gates: Gates, key: str, expert: int = 0) -> None:
         super().__init__(inner.shape)
-        self.inner, self.gates, self.key = inner, gates, key
+        self.inner, self.gates, self.key, self.expert = inner, gates, key, expert
 
     def dense(self) -> Tensor:
         """Refuse.
@@ -59,9 +147,17 @@ class Gated(Weight):
             f"{self.formula()} differs from token to token and has no dense matrix: it cannot be folded"
         )
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is known to be closed everywhere in this forward, so that nothing is computed."""
+        opened = self.gates.gate(self.key).opened
+        return opened is not None and self.expert not in opened
+
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Apply the term and multiply by the gate; closed tokens get exactly zero."""
-        gate = self.gates.read(self.key, x)
+        if self.is_closed:
+            return op.add(x.new_zeros(*x.shape[:-1], self.shape[0]), bias)
+        gate = self.gates.read(self.key, x)[..., self.expert, None]
         y = torch.where(
             gate == 0, torch.zeros((), dtype=x.dtype, device=x.device), self.inner(x, op=op) * gate
         )
@@ -88,4 +184,5 @@ class Gated(Weight):
 
     def formula(self) -> str:
         """Return the term behind its gate."""
-        return f"gate[{self.key}] ({self.inner.formula()})"
+        which = f", {self.expert}" if self.expert else ""
+        return f"gate[{self.key}{which}] ({self.inner.formula()})"

@@ -215,7 +215,7 @@ class _NormalizedLinear(torch.autograd.Function):
             scaled = flat * ratio
             grad_x = (scaled @ weight).addmm_(scaled @ all_up, all_down)
         if needs_magnitude or needs_norm:
-            product = _column_products(flat, _flat(y))
+            product = column_products(flat, _flat(y))
             product = product if bias is None else product - flat.sum(0, dtype=product.dtype) * bias
         return (
             None,
@@ -242,7 +242,7 @@ def at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _column_products(first: Tensor, second: Tensor) -> Tensor:
+def column_products(first: Tensor, second: Tensor) -> Tensor:
     """Return `(first * second).sum(0)`; on a CPU in pieces that stay in the cache."""
     if first.device.type != "cpu" or first.dtype not in _WIDE or len(first) < 2 * _PIECE:
         return (first * second).sum(0, dtype=at_least_float32(first))

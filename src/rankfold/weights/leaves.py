@@ -386,6 +386,33 @@ class Masked(Leaf):
         return (value if max(times, default=1) == 1 else value.repeat(times)) * self.mask
 
 
+class Joined(Leaf):
+    """Two tensors, one after the other along an axis: a tensor of which one part trains and another does not.
+
+    Args:
+        first, second: leaves that agree in every other axis.
+        axis: along which they are joined.
+        name: the method's own name for the result.
+    """
+
+    stored = False
+
+    def __init__(self, first: Leaf, second: Leaf, axis: int, name: str) -> None:
+        shape = list(first.shape)
+        shape[axis] += second.shape[axis]
+        super().__init__(name, tuple(shape))
+        self.first, self.second, self.axis = first, second, axis
+
+    @property
+    def trainable(self) -> bool:
+        """Whether one of the two is trained."""
+        return self.first.trainable or self.second.trainable
+
+    def source(self) -> Tensor:
+        """Return the joined tensor."""
+        return torch.cat([self.first.tensor(), self.second.tensor()], self.axis)
+
+
 def adopt_ranks(expression: Weight, tensors: Mapping[str, Tensor]) -> None:
     """Let trained products take the ranks of tensors that are about to be copied into them, by leaf name.
 

@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .kernels import applied
 from .weight import Leaf, Versions, Weight, inference, same_versions, versions
+
+
+class _Transform(torch.autograd.Function):
+    """C = (I + S) (I - S)^-1 = 2 K - I with K = (I - S)^-1, so that dC = 2 K dS K."""
+
+    @staticmethod
+    def forward(ctx: Any, skew: Tensor) -> Tensor:
+        identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+        rotations: Tensor = (
+            2 * torch.linalg.inv(identity - skew) - identity
+        )  # a skew matrix has no eigenvalue 1
+        ctx.save_for_backward(rotations)
+        return rotations
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (rotations,) = ctx.saved_tensors
+        identity = torch.eye(rotations.shape[-1], dtype=rotations.dtype, device=rotations.device)
+        inverse = (rotations + identity).mT
+        grad_skew: Tensor = inverse @ grad @ inverse / 2
+        return grad_skew
 
 
 class Cayley(Leaf):
@@ -55,11 +78,7 @@ class Cayley(Leaf):
         return self._kept[1]
 
     def _rotations(self) -> Tensor:
-        skew = self.skew()
-        identity = torch.eye(self.shape[1], dtype=skew.dtype, device=skew.device)
-        # The two factors commute, and a skew matrix has no eigenvalue 1.
-        rotations: Tensor = torch.linalg.solve(identity - skew, identity + skew)
-        return rotations
+        return applied(_Transform, self.skew())
 
     def dense_macs(self) -> int:
         """Return the multiply-adds of the N eliminations and substitutions, N (b^3 / 3 + b^3)."""

@@ -11,12 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .blockwise import kronecker, rotated_linear
 from .composites import Composite, Dropped, Factors, cast_pair
 from .kernels import modulated_linear, scaled_matrix
 from .leaves import Base, Dense, Foreign
+from .materialise import through_matrix
 from .op import LINEAR, Op
-from .structured import Diagonal, Kronecker, Reflections
-from .sums import Split, added, wider
+from .orthogonal import Identity
+from .structured import BlockDiagonal, Diagonal, Kronecker, Reflections
+from .sums import Split, Sum, added, join_pairs, wider
 from .weight import Leaf, Pair, Weight, tick
 
 
@@ -50,7 +53,21 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
 
     def dense(self) -> Tensor:
         """Return the matrix, (out, in)."""
-        return functools.reduce(_multiplied, [factor.dense() for factor in self.factors])
+        anchor, factors = self._anchor(), list(self.factors)
+        if anchor is None:
+            return _chain(factors, from_left=True)
+        dtype = functools.reduce(torch.promote_types, (leaf.tensor().dtype for leaf in self.sources()))
+        matrix = factors[anchor].dense().to(dtype)
+        for factor in reversed(factors[:anchor]):
+            matrix = factor.map(matrix.T).T
+        for factor in factors[anchor + 1 :]:
+            matrix = _times(matrix, factor)
+        return matrix
+
+    def _anchor(self) -> int | None:
+        """Return the factor to whose rows and columns the others are applied, where they are Kronecker."""
+        plain = [i for i, factor in enumerate(self.factors) if not _is_kronecker(factor)]
+        return plain[0] if len(plain) == 1 and len(self.factors) > 1 else None
 
     def factored(self) -> tuple[Tensor, Tensor] | None:
         """Return (up, down), split where the inner dimension is smallest and the fewest sides are trained.
@@ -77,23 +94,60 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
     def _noisy(self) -> bool:
         return any(isinstance(f, Dropped) and f.active for f in self.factors)
 
-    def reflected(self) -> Split | None:
-        """Return `W + up @ down` for a stored weight times reflections, W (I - V T V^T) = W - (W V T) V^T."""
-        base, *rest = self.factors
-        if not isinstance(base, Base) or isinstance(base, Foreign) or base.inner is not None:
+    def turned(self) -> Split | None:
+        """Return `W + up @ down` for a stored weight times reflections, or the identity plus a small product.
+
+        W (I - V T V^T) = W - (W V T) V^T,   W (I + B A) = W + (W B) A,   (I + B A) W = W + B (A W)
+        """
+        base, turn = self._base_and_turn()
+        if base is None or self._turned_rank() is None:
             return None
-        if len(rest) != 1 or not isinstance(rest[0], Reflections):
+        weight, first = base.tensor(), turn is self.factors[1]
+        if isinstance(turn, Reflections):
+            vectors, core = (t.to(weight.dtype) for t in turn.compact())
+            return Split(base=weight, trained=(weight @ vectors @ -core, vectors.T))
+        pairs = [term.factored() for term in turn.terms if not isinstance(term, Identity)]  # type: ignore[union-attr]
+        up, down = (t.to(weight.dtype) for t in join_pairs(pairs))  # type: ignore[union-attr]
+        return Split(base=weight, trained=(weight @ up, down) if first else (up, down @ weight))
+
+    def _base_and_turn(self) -> tuple[Base | None, Weight | None]:
+        """Return the stored weight and the one map that multiplies it, where that is all."""
+        bases = [f for f in self.factors if isinstance(f, Base) and f.inner is None]
+        if len(self.factors) != 2 or len(bases) != 1 or isinstance(bases[0], Foreign):
+            return None, None
+        return bases[0], next(f for f in self.factors if f is not bases[0])
+
+    def _rotation(self) -> BlockDiagonal | None:
+        """Return the square blocks that turn the inputs of a stored weight, where that is all."""
+        base, turn = self._base_and_turn()
+        if base is None or not isinstance(turn, BlockDiagonal) or turn is self.factors[0]:
             return None
-        weight, (vectors, core) = base.tensor(), (t.to(base.tensor().dtype) for t in rest[0].compact())
-        return Split(base=weight, trained=(weight @ vectors @ -core, vectors.T))
+        count, rows, columns = turn.blocks.shape
+        return turn if turn.shape == (count * rows, count * columns) and rows == columns else None
+
+    def _turned_rank(self) -> int | None:
+        """Return by what rank the one other factor changes a stored weight, where that is a small one."""
+        base, turn = self._base_and_turn()
+        if base is None:
+            return None
+        if isinstance(turn, Reflections) and turn is self.factors[1]:
+            return turn.vectors.shape[1]
+        if not isinstance(turn, Sum) or sum(isinstance(term, Identity) for term in turn.terms) != 1:
+            return None
+        found = [term.small_rank() for term in turn.terms if not isinstance(term, Identity)]
+        ranks = [rank for rank in found if rank is not None]
+        fits = len(ranks) == len(found) and sum(ranks) * sum(self.shape) <= math.prod(self.shape)
+        return sum(ranks) if fits else None
 
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Apply through the small pair where there is one, else factor by factor or as one matrix."""
         pair, split = self.keep()
         if split is not None and split.base is not None and split.trained is not None:
             return added(x, split.base, bias, op, split.trained)
+        if op is LINEAR and torch.is_grad_enabled() and (rotation := self._rotation()) is not None:
+            return rotated_linear(x, self.factors[0].dense(), bias, rotation.blocks.tensor())
         if self._denser(op.tokens(x)) or (pair is None and op.groups > 1):
-            return op.apply(x, self.dense().to(x.dtype), bias)
+            return through_matrix(self, x, bias, op)
         if pair is not None:
             return op.add(op.low_rank(x, *cast_pair(pair, x)), bias)
         y: Tensor = self.factors[-1](x, op=op)
@@ -106,7 +160,7 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
     def derived(self) -> tuple[tuple[Tensor, Tensor] | None, Split | None]:
         """Return the small pair, or the sum that reflections amount to."""
         pair = self.factored()
-        return pair, None if pair is not None else self.reflected()
+        return pair, None if pair is not None else self.turned()
 
     def _denser(self, tokens: int) -> bool:
         if self._noisy():
@@ -177,11 +231,18 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
         tick()
 
     def macs(self, tokens: int) -> int:
-        """Return the sum over the factors."""
-        return sum(factor.macs(tokens) for factor in self.factors)
+        """Return the sum over the factors, or what the sum that they amount to takes, if that is more."""
+        total, rank = sum(factor.macs(tokens) for factor in self.factors), self._turned_rank()
+        turned = 0 if rank is None else tokens * (math.prod(self.shape) + rank * sum(self.shape))
+        return max(total, turned)
 
     def dense_macs(self) -> int:
-        """Return the multiply-adds of multiplying the factors out, left to right."""
+        """Return the multiply-adds of multiplying the factors out, left to right or from the anchor."""
+        anchor, factors = self._anchor(), list(self.factors)
+        if anchor is not None:
+            left, columns = factors[:anchor], factors[anchor].shape[1]
+            total = factors[anchor].dense_macs() + sum(factor.macs(columns) for factor in left)
+            return total + sum(_times_macs(self.shape[0], factor) for factor in factors[anchor + 1 :])
         rows, total = self.shape[0], 0
         for factor in list(self.factors)[1:]:
             total += factor.macs(rows)
@@ -195,6 +256,28 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
     def formula(self) -> str:
         """Return the factors joined by @."""
         return " @ ".join(factor.bracketed() for factor in self.factors)
+
+
+def _is_kronecker(factor: Weight) -> bool:
+    if isinstance(factor, Sum):
+        return all(map(_is_kronecker, factor.terms))
+    return isinstance(factor, Kronecker) and not factor.nested()
+
+
+def _times(matrix: Tensor, factor: Weight) -> Tensor:
+    """Multiply a matrix by Kronecker products, `matrix @ factor`, which are not formed."""
+    if isinstance(factor, Sum):
+        return functools.reduce(torch.add, [_times(matrix, term) for term in factor.terms])
+    assert isinstance(factor, Kronecker)
+    return kronecker(matrix, factor.left.dense().T, factor.right.dense().T)
+
+
+def _times_macs(rows: int, factor: Weight) -> int:
+    if isinstance(factor, Sum):
+        return sum(_times_macs(rows, term) for term in factor.terms)
+    assert isinstance(factor, Kronecker)
+    (a, b), (c, d) = factor.left.shape, factor.right.shape
+    return rows * a * d * (c + b) + factor.left.dense_macs() + factor.right.dense_macs()
 
 
 def _trained_sides(factors: list[Weight], cut: int) -> int:
@@ -274,7 +357,7 @@ class Hadamard(Composite[Factors | None]):
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Apply through the Khatri-Rao pair, or as a matrix where that costs less."""
         if self._denser(op.tokens(x)):
-            return op.apply(x, self.dense().to(x.dtype), bias)
+            return through_matrix(self, x, bias, op)
         return op.add(op.low_rank(x, *cast_pair(self.keep(), x)), bias)  # type: ignore[arg-type]
 
     map = forward

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blockwise import block_diagonal, block_gradients, kronecker, kronecker_gradients
 from .kernels import reflect
 from .op import LINEAR, Convolution, Op
+from .thin import kronecker_linear, pays
 from .weight import Leaf, Weight
 
 
@@ -69,19 +71,47 @@ class BlockDiagonal(Weight):
 
     def map(self, x: Tensor) -> Tensor:
         """Apply every block to its own channels."""
-        blocks = self.blocks.tensor().to(x.dtype)
-        count, _, columns = blocks.shape
-        x = F.pad(x, (0, count * columns - x.shape[-1])) if count * columns != x.shape[-1] else x
-        y = torch.einsum("...nc,nrc->...nr", x.unflatten(-1, (count, columns)), blocks)
-        return y.flatten(-2)[..., : self.shape[0]]
+        return block_diagonal(x, self.blocks.tensor(), self.shape[0])
+
+    def pull(self, x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the blocks."""
+        blocks = self.blocks.tensor()
+        yield blocks, block_gradients(x, grad, blocks.shape)
 
     def macs(self, tokens: int) -> int:
         """Return tokens * numbers in the blocks, and making the blocks."""
         return tokens * math.prod(self.blocks.shape) + self.blocks.dense_macs()
 
+    @property
+    def T(self) -> Weight:
+        """The transposed blocks."""
+        return _TransposedBlocks(self)
+
     def formula(self) -> str:
         """Return blockdiag(D) with its shape."""
         return f"blockdiag({self.blocks.formula()})"
+
+
+class _TransposedBlocks(Weight):
+    def __init__(self, inner: BlockDiagonal) -> None:
+        super().__init__((inner.shape[1], inner.shape[0]))
+        self.inner = inner
+
+    def dense(self) -> Tensor:
+        return self.inner.dense().T
+
+    def map(self, x: Tensor) -> Tensor:
+        return block_diagonal(x, self.inner.blocks.tensor().mT, self.shape[0])
+
+    def macs(self, tokens: int) -> int:
+        return self.inner.macs(tokens)
+
+    @property
+    def T(self) -> Weight:
+        return self.inner
+
+    def formula(self) -> str:
+        return f"{self.inner.formula()}^T"
 
 
 class Grid(Weight):
@@ -337,14 +367,39 @@ class Kronecker(Weight):
         left, right = self.left.dense(), self.right.dense()
         return (left[:, None, :, None] * right[None, :, None, :]).reshape(self.shape)
 
+    def nested(self) -> bool:
+        """Say whether one of the two maps is a Kronecker product itself."""
+        return any(isinstance(m, Kronecker) for side in (self.left, self.right) for m in side.modules())
+
     def map(self, x: Tensor) -> Tensor:
         """Apply the right map to the inner axis and the left map to the outer one."""
+        if not self.nested():
+            return kronecker(x, self.left.dense(), self.right.dense())
         y = self.right(x.unflatten(-1, (self.left.shape[1], self.right.shape[1])))
         left: Tensor = self.left(y.mT)
         return left.mT.flatten(-2)
 
+    def pull(self, x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the two matrices, unless they are products themselves."""
+        if self.nested():
+            yield from super().pull(x, grad)
+        else:
+            made = self.left.dense(), self.right.dense()
+            yield from zip(made, kronecker_gradients(x, grad, *(m.detach() for m in made)), strict=True)
+
+    def added(self, x: Tensor, base: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor | None:
+        """Return `x @ (base + scale * matrix).T + bias` through the matrix, or None where that does not pay."""
+        forming = self.dense_macs() + math.prod(self.shape)
+        if base.dtype != x.dtype or not pays(x, forming, self.macs(LINEAR.tokens(x))):
+            return None
+        left, right = (factor.dense().to(x.dtype) for factor in (self.left, self.right))
+        return kronecker_linear(x, base, bias, scale * left, right)
+
     def macs(self, tokens: int) -> int:
-        """Return the multiply-adds of the two maps on their slices."""
+        """Return the multiply-adds of the two maps on their slices, as matrices unless they are products."""
+        if not self.nested():
+            (a, b), (c, d) = self.left.shape, self.right.shape
+            return tokens * b * c * (a + d) + self.left.dense_macs() + self.right.dense_macs()
         return self.right.macs(tokens * self.left.shape[1]) + self.left.macs(tokens * self.right.shape[0])
 
     def dense_macs(self) -> int:

@@ -14,9 +14,12 @@ from .composites import Composite, Dropped, Factors, Scaled, cast_pair
 from .gates import Gated
 from .kernels import grid_linear, low_rank_linear, scaled_low_rank
 from .leaves import Base, Dense, Foreign
-from .materialise import materialised_linear
-from .op import LINEAR, Op
-from .structured import Grid
+from .materialise import materialised_linear, through_matrix
+from .op import LINEAR, Op, autocast_dtype
+from .selection import Selection
+from .shards import Repeated
+from .structured import Grid, Kronecker
+from .thin import inner_linear
 from .weight import Leaf, Pair, Weight, inference
 
 
@@ -39,6 +42,18 @@ class Split:
     frozen: tuple[Tensor, Tensor] | None = None
     others: list[Weight] = field(default_factory=list)
     grid: tuple[Tensor, Tensor] | None = None
+
+    def fused(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return the output where the one term on a base has a way of its own to be added to it, or None."""
+        if self.base is None or self.trained is not None or len(self.others) != 1:
+            return None
+        term = self.others[0]
+        if isinstance(term, Selection) or (isinstance(term, Repeated) and not self.base.requires_grad):
+            return term.added(x, self.base, bias)
+        scale, inner = (term.scale, term.inner) if isinstance(term, Scaled) else (1.0, term)
+        if inference() or isinstance(scale, Leaf) or not isinstance(inner, Kronecker):
+            return None
+        return inner.added(x, self.base, bias, scale)
 
     def pair(self) -> tuple[Tensor, Tensor] | None:
         """Return all low-rank terms as one pair."""
@@ -120,8 +135,9 @@ class Sum(Composite[Split]):
 
     def small_rank(self) -> int | None:
         """Return the sum of the terms' ranks, where all have a small form."""
-        ranks = [rank for term in self.parts() if (rank := term.small_rank()) is not None]
-        return sum(ranks) if len(ranks) == len(list(self.parts())) else None
+        found = [term.small_rank() for term in self.parts()]
+        ranks = [rank for rank in found if rank is not None]
+        return sum(ranks) if len(ranks) == len(found) else None
 
     def split(self) -> Split:
         """Take the sum apart for evaluation; the one place where its order is chosen."""
@@ -141,29 +157,48 @@ class Sum(Composite[Split]):
         split = self.split()
         if op is LINEAR and split.base is not None and split.grid is not None:
             return grid_linear(x, split.base, bias, *split.grid)
-        if self._denser(split, x, op):
-            if op is LINEAR:
-                return materialised_linear(self, x, bias)
-            return op.apply(x, self.dense().to(x.dtype), bias)
+        fused = split.fused(x, bias) if op is LINEAR else None
+        if fused is not None:
+            return fused
+        order = self._order(split, x, op)
+        if order == "matrix":
+            return through_matrix(self, x, bias, op)
+        if order == "formed":
+            terms = [term for term in self.parts() if any(leaf.trainable for leaf in term.sources())]
+            return materialised_linear(self, x, bias, terms)
         y = self._main(split, x, bias, op)
         for term in split.others:
-            y = y + term(x, op=op)
+            if not (isinstance(term, Gated) and term.is_closed):
+                y = y + term(x, op=op)
         return y
 
     map = forward
 
-    def _denser(self, split: Split, x: Tensor, op: Op) -> bool:
-        """Whether forming the whole matrix costs fewer multiply-adds than applying every term."""
-        if split.base is None or not split.others or x.dtype not in (torch.float32, torch.float64):
-            return False
-        if any(not term_is_dense(term) for term in split.others):
-            return False
-        tokens, size = op.tokens(x), math.prod(self.shape)
-        forming = sum(term.dense_macs() for term in split.others) + size
+    def _order(self, split: Split, x: Tensor, op: Op) -> str:
+        """Return the order of the fewest multiply-adds.
+
+        applied: every term by itself. matrix: the whole matrix, whose gradient is one wide product. formed:
+        the whole matrix for output and input, and every term applied for its own gradients.
+        """
+        if split.base is None or autocast_dtype(x) not in (torch.float32, torch.float64):
+            return "applied"
+        training, size = torch.is_grad_enabled(), math.prod(self.shape)
+        pair = _numbers(split.trained) if training else 0
+        if (not split.others and 2 * pair <= size) or not all(map(term_is_dense, split.others)):
+            return "applied"
+        tokens = op.tokens(x)
+        own = [term for term in self.parts() if _plain(term) is None] if pair else split.others
+        forming = sum(term.dense_macs() for term in own) + size
         applying = sum(min(term.macs(tokens), term.dense_macs() + tokens * size) for term in split.others)
-        if torch.is_grad_enabled():
-            return 3 * forming + tokens * size < 3 * applying
-        return forming < applying
+        if not training:
+            return "matrix" if forming < applying else "applied"
+        # Of a pair that trains, two thirds of the products are for its own gradients.
+        applying = 3 * applying + 2 * tokens * pair + min(tokens * pair, 2 * forming)
+        costs = {"applied": applying, "matrix": 4 * forming + tokens * size}
+        if op is LINEAR:
+            terms = sum(term.macs(tokens) for term in split.others)
+            costs["formed"] = 2 * (forming + terms + tokens * pair)
+        return min(costs, key=costs.__getitem__)
 
     def _main(self, split: Split, x: Tensor, bias: Tensor | None, op: Op) -> Tensor:
         if split.base is None:
@@ -186,8 +221,9 @@ class Sum(Composite[Split]):
 
     def factored(self) -> tuple[Tensor, Tensor] | None:
         """Return all terms as one pair, where every one has a small form."""
-        pairs = [pair for term in self.parts() if (pair := term.factored()) is not None]
-        return join_pairs(pairs) if len(pairs) == len(list(self.parts())) else None
+        found = [term.factored() for term in self.parts()]
+        pairs = [pair for pair in found if pair is not None]
+        return join_pairs(pairs) if len(pairs) == len(found) else None
 
     def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
         """Yield the pairs of every term."""
@@ -232,11 +268,18 @@ def added(
 ) -> Tensor:
     """Apply a matrix plus one or two low-rank pairs, fused where the layer is linear."""
     if op is LINEAR and not inference():
-        return low_rank_linear(x, base, bias, *trained, *(frozen or ()))
+        up, down = trained
+        if frozen is None and not (down.requires_grad or base.requires_grad) and len(down) < base.shape[1]:
+            return inner_linear(x, base, bias, up, down)
+        return low_rank_linear(x, base, bias, up, down, *(frozen or ()))
     pair = trained if frozen is None else join_pairs([trained, frozen])
     if op is LINEAR:
         return scaled_low_rank(x, base, bias, *pair)  # type: ignore[misc]
     return op.apply(x, base.to(x.dtype), bias) + op.low_rank(x, *cast_pair(pair, x))  # type: ignore[arg-type]
+
+
+def _numbers(pair: Factors | None) -> int:
+    return 0 if pair is None else pair[0].numel() + pair[1].numel()
 
 
 def _plain(term: Weight) -> Leaf | None:
@@ -253,4 +296,4 @@ def wider(first: Tensor, second: Tensor) -> torch.dtype:
 
 def term_is_dense(term: Weight) -> bool:
     """Say whether an expression has a matrix that does not depend on the token."""
-    return not any(isinstance(m, Gated) or (isinstance(m, Dropped) and m.active) for m in term.modules())
+    return term.has_matrix() and not any(isinstance(m, Dropped) and m.active for m in term.modules())

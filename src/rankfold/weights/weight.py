@@ -86,6 +86,7 @@ class Weight(nn.Module):
     """
 
     atomic = True  # the formula needs no brackets inside another one
+    by_token = False  # the map itself differs from token to token, so that it has no matrix
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -111,6 +112,17 @@ class Weight(nn.Module):
         """
         y = self.map(x) if op is LINEAR else op.apply(x, self.dense().to(x.dtype))
         return op.add(y, bias)
+
+    def pull(self, x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what the leaves make, each with its own gradient, for a gradient of the output.
+
+        Through them the leaves get theirs. Where less is enough for that, the output is not computed.
+
+        Args:
+            x: (n, in), a constant.
+            grad: (n, out).
+        """
+        yield self(x), grad
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return rows of the matrix: ids (...) to (..., in)."""
@@ -171,6 +183,10 @@ class Weight(nn.Module):
                 yield leaf
             else:
                 yield from below.sources()
+
+    def has_matrix(self) -> bool:
+        """Say whether the map is the same for every token."""
+        return not any(isinstance(part, Weight) and part.by_token for part in self.modules())
 
     def leaf(self, name: str) -> Leaf:
         """Return the leaf of that name.

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...errors import Incompatible, InvalidOption
+from ...errors import Incompatible
+from ...weights import Weight
+from ..limits import in_range
 from ..registry import dynamics
 from ..rules import Dynamics
 from ..run import Run, TrainedPair
-from .owned import check_dropout, precise
+from .owned import precise, refuse_dropout
 
 
 @dynamics(
@@ -50,16 +52,15 @@ class Allora(Dynamics):
     eta: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.eta <= 0:
-            raise InvalidOption(f"allora: eta must be positive, not {self.eta}")
+        in_range("allora", "(0, inf)", eta=self.eta)
 
-    def check(self, run: Run) -> None:
+    def suits(self, path: str, expression: Weight) -> None:
         """Refuse dropout, and a scaling other than 1."""
-        check_dropout("allora", run, "its learning rates take the place of it")
-        for pair in run.pairs:
+        refuse_dropout("allora", path, expression, "its learning rates take the place of it")
+        for pair in expression.pairs():
             if abs(pair.scale - 1) > 1e-9:
                 raise Incompatible(
-                    f"{pair.path}: allora works without alpha, and the change is scaled by {pair.scale:g}; "
+                    f"{path}: allora works without alpha, and the change is scaled by {pair.scale:g}; "
                     "leave alpha out, so that the scaling is 1"
                 )
 

@@ -30,10 +30,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...weights import Weight
 from ..registry import dynamics
 from ..rules import Dynamics
 from ..run import Run, TrainedPair
-from .owned import Gradients, check_numbers, check_run, clip, gradients_of, gram, move, options, wide
+from .owned import (
+    EXCLUDED,
+    Gradients,
+    check_numbers,
+    check_run,
+    clip,
+    gradients_of,
+    gram,
+    move,
+    options,
+    refuse_dropout,
+    wide,
+)
 
 _BLOCK = 2**20  # entries of the full-size direction that are alive at once
 
@@ -59,16 +72,13 @@ class Side(NamedTuple):
     pairs="terms",
     owns_step=True,
     gates=False,
-    excludes=(
-        "lora+", "allora", "relora", "periodic-lora", "switchlora", "refactorisation", "shrink-perturb",
-        "shrink-perturb-all", "hd-pissa",
-    ),
+    excludes=EXCLUDED,
     title="LoFT: Low-Rank Adaptation That Behaves Like Full Fine-Tuning",
     year=2025,
     arxiv="2505.21289",
     code="tnurbek/loft",
     formula="A <- A - lr H P^T U, U: Adam's direction of P g, moments moved by R = H P^T P_old",
-)  # fmt: skip
+)
 @dataclass(kw_only=True)
 class Loft(Dynamics):
     """Alternating steps with moments of the weight.
@@ -86,10 +96,14 @@ class Loft(Dynamics):
     max_norm: float | None = None
 
     def __post_init__(self) -> None:
-        check_numbers("loft", min(self.damping, self.eps or 0.0), self.max_norm)
+        check_numbers("loft", self.max_norm, damping=self.damping, eps=self.eps)
+
+    def suits(self, path: str, expression: Weight) -> None:
+        """Refuse dropout."""
+        refuse_dropout("loft", path, expression)
 
     def check(self, run: Run) -> None:
-        """Refuse dropout and what Adam's step of a product cannot follow."""
+        """Refuse what Adam's step of a product cannot follow."""
         check_run("loft", run)
 
     def gradients_ready(self, run: Run) -> None:

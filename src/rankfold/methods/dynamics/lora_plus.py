@@ -8,14 +8,17 @@ neither side keeps the base rate. Start: unchanged.
 
 Deviations: the adapter of an embedding is no exception (in the authors' code it has a rate of its own); in
 structures without factors B and A, the side is that of the trained leaf (vera: b is output, d is input).
+
+Use it with every structure that has an output side and an input side; it costs no memory and no time.
 """
 
 from dataclasses import dataclass
 
 from torch import nn
 
-from ...errors import Incompatible, InvalidOption
+from ...errors import Incompatible
 from ...weights import Leaf, Weight
+from ..limits import in_range
 from ..registry import dynamics
 from ..rules import Dynamics
 from ..run import Run
@@ -41,8 +44,7 @@ class LoraPlus(Dynamics):
     ratio: float = 16.0
 
     def __post_init__(self) -> None:
-        if self.ratio <= 0:
-            raise InvalidOption(f"lora+: ratio must be positive, not {self.ratio}")
+        in_range("lora+", "(0, inf)", ratio=self.ratio)
 
     def rate(self, side: str, leaf: Leaf, expression: Weight) -> float:
         """Return the ratio on the output side."""

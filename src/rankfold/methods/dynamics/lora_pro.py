@@ -22,6 +22,9 @@ factors' own before the step works too and measures something else.
 
 Deviations: s is the structure's (the official code has 16/8 written in); bias correction starts at step 1
 (there at 2). Dropout on the input of the change is refused, since it breaks the identity.
+
+Use it where memory is no matter: the weight then follows its own gradient as closely as a low-rank change
+can.
 """
 
 from dataclasses import dataclass
@@ -29,10 +32,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...weights import Weight
 from ..registry import dynamics
 from ..rules import Dynamics
 from ..run import Run, TrainedPair
-from .owned import Gradients, check_numbers, check_run, clip, gradients_of, gram, move, options, wide
+from .owned import (
+    EXCLUDED,
+    Gradients,
+    check_numbers,
+    check_run,
+    clip,
+    gradients_of,
+    gram,
+    move,
+    options,
+    refuse_dropout,
+    wide,
+)
 
 
 @dynamics(
@@ -40,16 +56,13 @@ from .owned import Gradients, check_numbers, check_run, clip, gradients_of, gram
     pairs="terms",
     owns_step=True,
     gates=False,
-    excludes=(
-        "lora+", "allora", "relora", "periodic-lora", "switchlora", "refactorisation", "shrink-perturb",
-        "shrink-perturb-all", "hd-pissa",
-    ),
+    excludes=EXCLUDED,
     title="LoRA-Pro: Are Low-Rank Adapters Properly Optimized?",
     year=2024,
     arxiv="2407.18242",
     code="mrflogs/LoRA-Pro",
     formula="min over gA, gB of |s B gA + s gB A - G|_F, Adam on the product's gradient",
-)  # fmt: skip
+)
 @dataclass(kw_only=True)
 class LoraPro(Dynamics):
     """Adam on the equivalent gradient.
@@ -63,10 +76,14 @@ class LoraPro(Dynamics):
     max_norm: float | None = None
 
     def __post_init__(self) -> None:
-        check_numbers("lora-pro", self.damping, self.max_norm)
+        check_numbers("lora-pro", self.max_norm, damping=self.damping)
+
+    def suits(self, path: str, expression: Weight) -> None:
+        """Refuse dropout."""
+        refuse_dropout("lora-pro", path, expression)
 
     def check(self, run: Run) -> None:
-        """Refuse dropout and what Adam's step of a product cannot follow."""
+        """Refuse what Adam's step of a product cannot follow."""
         check_run("lora-pro", run)
 
     def gradients_ready(self, run: Run) -> None:

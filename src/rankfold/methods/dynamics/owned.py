@@ -9,10 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import Incompatible, InvalidOption
+from ...errors import Incompatible
 from ...optim import adam_options
-from ...weights import Dropped
+from ...weights import Dropped, Weight
+from ..limits import in_range
 from ..run import Run, TrainedPair
+
+EXCLUDED = (  # dynamics that act on the factors' own steps, of which there are none here
+    "lora+", "allora", "relora", "periodic-lora", "switchlora", "refactorisation", "shrink-perturb",
+    "shrink-perturb-all", "hd-pissa",
+)  # fmt: skip
 
 
 class Gram(NamedTuple):
@@ -109,23 +115,22 @@ def clip(norms: Iterable[Tensor], max_norm: float | None) -> float:
     return min(1.0, max_norm / (total + 1e-6))
 
 
-def check_numbers(name: str, damping: float, max_norm: float | None) -> None:
-    """Refuse impossible options.
+def check_numbers(name: str, max_norm: float | None, /, **others: float | None) -> None:
+    """Refuse a `max_norm` that is not positive and other options that are negative.
 
     Raises:
         InvalidOption: with the limits.
     """
-    if damping < 0 or (max_norm is not None and max_norm <= 0):
-        raise InvalidOption(f"{name} needs damping >= 0 and max_norm > 0 or None")
+    in_range(name, "(0, inf)", max_norm=max_norm)
+    in_range(name, "[0, inf)", **others)
 
 
 def check_run(name: str, run: Run) -> None:
-    """Refuse dropout, amsgrad and decay through the gradient.
+    """Refuse amsgrad and decay through the gradient.
 
     Raises:
         Incompatible: with the reason.
     """
-    check_dropout(name, run, "the gradients of both factors must come from the same input")
     for pair in run.pairs:
         group = run.group(pair.up)
         if group.get("amsgrad"):
@@ -138,12 +143,16 @@ def check_run(name: str, run: Run) -> None:
             )
 
 
-def check_dropout(name: str, run: Run, reason: str) -> None:
+def refuse_dropout(
+    name: str,
+    path: str,
+    expression: Weight,
+    reason: str = "the gradients of both factors must come from the same input",
+) -> None:
     """Refuse dropout on the input of a change.
 
     Raises:
         Incompatible: with the layer and the reason.
     """
-    for path, expression in run.expressions.items():
-        if any(isinstance(m, Dropped) and m.probability > 0 for m in expression.modules()):
-            raise Incompatible(f"{path}: {name} works without dropout: {reason}; adapt with dropout=0")
+    if any(isinstance(m, Dropped) and m.probability > 0 for m in expression.modules()):
+        raise Incompatible(f"{path}: {name} works without dropout: {reason}; adapt with dropout=0")

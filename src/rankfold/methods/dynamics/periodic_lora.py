@@ -14,6 +14,8 @@ Deviations: the paper's momentum unloading is given in words; this is the form t
 a public one multiplies both factors, W + q s B A + (1-q)^2 s B A, and shrinks the change by q (1-q). The end
 of the whole training is the end of a stage only if it falls on one. The weight that moves is a copy in
 float32 or better.
+
+Use it where a change of a higher rank than the adapter's is wanted from the memory of one adapter, in stages.
 """
 
 import copy
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from ...errors import InvalidOption
 from ...optim import reset, transform
+from ..limits import in_range
 from ..registry import dynamics
 from ..rules import Dynamics
 from ..run import Run, TrainedPair
@@ -47,7 +50,7 @@ class PeriodicLoRA(Dynamics):
     """Stages.
 
     Args:
-        interval: optimizer steps of a stage, at least 1; None takes `share` of the total.
+        interval: optimizer steps of a stage, at least 1, instead of `share`; None takes that.
         share: of the whole training that a stage lasts, in (0, 1].
         momentum: mu, the part of the product that stays in the adapter, in [0, 1).
         restart_schedule: begin the learning rate's schedule again with every stage.
@@ -59,19 +62,19 @@ class PeriodicLoRA(Dynamics):
     restart_schedule: bool = False
 
     def __post_init__(self) -> None:
-        if self.interval is not None and self.interval < 1:
-            raise InvalidOption(f"periodic-lora: interval must be at least 1, not {self.interval}")
-        if not 0 < self.share <= 1 or not 0 <= self.momentum < 1:
-            raise InvalidOption("periodic-lora needs share in (0, 1] and momentum in [0, 1)")
-
-    def check(self, run: Run) -> None:
-        """Refuse a training whose length, or whose scheduler, is needed and not known."""
-        if self.interval is None and run.total_steps is None:
+        in_range("periodic-lora", "[1, inf)", interval=self.interval)
+        in_range("periodic-lora", "(0, 1]", share=self.share)
+        in_range("periodic-lora", "[0, 1)", momentum=self.momentum)
+        if self.interval is not None and self.share != type(self).share:
             raise InvalidOption(
-                "periodic-lora needs total_steps: pass total_steps= to attach, or an interval"
+                f"periodic-lora: interval = {self.interval} and share = {self.share} both say how long a "
+                "stage lasts; give one of them"
             )
-        if self.restart_schedule and run.scheduler is None:
-            raise InvalidOption("periodic-lora needs scheduler: pass scheduler= to attach")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What `attach` has to be given."""
+        return ("total_steps",) * (self.interval is None) + ("scheduler",) * self.restart_schedule
 
     def begin(self, run: Run) -> None:
         """Remember where the schedule begins."""

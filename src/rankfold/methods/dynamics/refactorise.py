@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ...errors import InvalidOption
 from ...linalg import squeeze_factors
 from ...optim import reset, transform
+from ..limits import in_range
 from ..registry import dynamics
 from ..rules import Dynamics
 from ..run import Run, TrainedPair
@@ -54,11 +54,9 @@ class Refactorisation(Dynamics):
     warmup: int = 10
 
     def __post_init__(self) -> None:
-        resets = self.reset_interval
-        if self.interval < 1 or (resets is not None and resets < 1) or self.warmup < 0:
-            raise InvalidOption(
-                "refactorisation needs interval >= 1, reset_interval >= 1 or None and warmup >= 0"
-            )
+        intervals = {"interval": self.interval, "reset_interval": self.reset_interval}
+        in_range("refactorisation", "[1, inf)", **intervals)
+        in_range("refactorisation", "[0, inf)", warmup=self.warmup)
 
     def gradients_ready(self, run: Run) -> None:
         """Warm the learning rate up again after a reset."""

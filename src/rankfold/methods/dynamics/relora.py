@@ -16,6 +16,9 @@ model's own stays as it was. All moments of a factor are pruned at the same entr
 them apart, and an entry that keeps its first moment and loses the second takes a step of m / eps. With
 prune=1 the step count, and with it the bias correction, starts again too. Terms whose gate a rank rule has
 closed have nothing to merge and stay as they are, because two factors beside a zero never move again.
+
+Use it where a change of a higher rank than the adapter's is wanted from the memory of one adapter, in a
+training that is long enough for several restarts.
 """
 
 import math
@@ -25,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InvalidOption
 from ...optim import moments, reset, second_moments
+from ..limits import in_range
 from ..registry import dynamics
 from ..rules import Dynamics
 from ..run import Run, TrainedPair
@@ -59,8 +62,9 @@ class ReLoRA(Dynamics):
     magnitude: bool = False
 
     def __post_init__(self) -> None:
-        if self.interval < 1 or not 0 <= self.warmup <= self.interval or not 0 <= self.prune <= 1:
-            raise InvalidOption("relora needs interval >= 1, warmup in 0..interval and prune in [0, 1]")
+        in_range("relora", "[1, inf)", interval=self.interval)
+        in_range("relora", f"[0, {self.interval}]", warmup=self.warmup)
+        in_range("relora", "[0, 1]", prune=self.prune)
 
     def gradients_ready(self, run: Run) -> None:
         """Warm the learning rate up again after a restart."""
@@ -155,12 +159,10 @@ def jagged_cosine(
         >>> schedule.get_last_lr()
         [0.0]
     """
-    in_range = 0 <= first_warmup < total and 0 <= warmup <= interval and interval >= 1 and 0 <= floor <= 1
-    if not in_range:
-        raise InvalidOption(
-            "jagged_cosine needs first_warmup in 0..total-1, interval >= 1, warmup in 0..interval and floor "
-            f"in [0, 1], not {first_warmup}, {interval}, {warmup} and {floor}"
-        )
+    in_range("jagged_cosine", "[1, inf)", interval=interval)
+    in_range("jagged_cosine", f"[0, {total})", first_warmup=first_warmup)
+    in_range("jagged_cosine", f"[0, {interval}]", warmup=warmup)
+    in_range("jagged_cosine", "[0, 1]", floor=floor)
 
     def cosine(step: int) -> float:
         share = min(1.0, (step - first_warmup) / (total - first_warmup))

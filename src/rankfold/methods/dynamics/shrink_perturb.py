@@ -13,6 +13,8 @@ fixed sigma knows nothing of a layer's width. Start: as the structure's.
 
 `shrink_and_perturb` does it once, at a moment of the caller's choice; the dynamics do it every `interval`
 steps and after the steps listed in `at`. It changes the model's function: that is its purpose.
+
+Use it before or while training goes on with new data.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from ...errors import Incompatible, InvalidOption
 from ...layers import require
 from ...optim import reset, unwrapped
 from ...weights import Moved, Normalized, Weight
+from ..limits import in_range
 from ..registry import dynamics
 from ..rules import Dynamics
 from ..run import Run, TrainedPair
@@ -65,8 +68,9 @@ class ShrinkPerturb(Dynamics):
 
     def __post_init__(self) -> None:
         _check(self.shrink, self.noise)
-        if (self.interval is not None and self.interval < 1) or any(step < 1 for step in self.at):
-            raise InvalidOption("shrink-perturb: interval and the steps of at must be at least 1")
+        in_range("shrink-perturb", "[1, inf)", interval=self.interval)
+        for step in self.at:
+            in_range("shrink-perturb", "[1, inf)", at=step)
         if self.interval is None and not self.at:
             raise InvalidOption(
                 "shrink-perturb has no moment to act: give interval or at, or call "
@@ -206,5 +210,5 @@ def _noise(like: Tensor, size: float, generator: torch.Generator) -> Tensor:
 
 
 def _check(shrink: float, noise: float) -> None:
-    if not 0 <= shrink <= 1 or not 0 <= noise < float("inf"):
-        raise InvalidOption(f"shrink must be in [0, 1] and noise at least 0, not {shrink} and {noise}")
+    in_range("shrink-perturb", "[0, 1]", shrink=shrink)
+    in_range("shrink-perturb", "[0, inf)", noise=noise)

@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InvalidOption
 from ...optim import adam_options, reset
 from ..inits.switchlora import candidates, deviations
+from ..limits import in_range
 from ..registry import dynamics
 from ..rules import Dynamics
 from ..run import Run, TrainedPair
@@ -81,8 +81,8 @@ class SwitchLoRA(Dynamics):
     exchange: bool = False
 
     def __post_init__(self) -> None:
-        if self.interval <= 0 or self.ratio <= 0 or self.freeze < 1:
-            raise InvalidOption("switchlora needs interval > 0, ratio > 0 and freeze >= 1")
+        in_range("switchlora", "(0, inf)", interval=self.interval, ratio=self.ratio)
+        in_range("switchlora", "[1, inf)", freeze=self.freeze)
 
     def begin(self, run: Run) -> None:
         """Find out which candidates are in use, and point to the first vectors."""

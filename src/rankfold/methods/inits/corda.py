@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...errors import InvalidOption
 from ...linalg import Gram, weighted_low_rank
+from ..limits import in_range, one_of
 from ..registry import init, near_base
 from ..site import Basis, Site
 
@@ -50,10 +50,8 @@ def corda(site: Site, rank: int, scaling: float, *, method: str = "ipm", damping
         method: ipm trains the first terms, kpm the last.
         damping: d, at least 0.
     """
-    if method not in MODES or damping < 0:
-        raise InvalidOption(
-            f"corda: method must be ipm or kpm and damping at least 0, not {method!r} and {damping}"
-        )
+    one_of("corda", MODES, method=method)
+    in_range("corda", "[0, inf)", damping=damping)
     gram = Gram(site.statistic("input_gram", per_sample="max").to(site.device))
     terms = weighted_low_rank(site.matrix(), rank, right=gram, select=MODES[method], damping=damping)
     return _triplets(*terms.split())

@@ -16,6 +16,9 @@ Deviations: the batches are seen once, whether or not directions have converged 
 says so), where the official code repeats them until all have. The order of equal singular values is that of
 the decomposition, the largest entry of every row is positive. Padding is left out; to leave out tokens
 without a label as well, as the official code does, pass statistics that were collected with mask="labels".
+
+Use it where batches of the task are at hand and the model has to start as the base: its first steps act on
+the directions in which the inputs vary most.
 """
 
 from torch import Tensor

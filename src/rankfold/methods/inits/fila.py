@@ -14,13 +14,15 @@ gradients of a mean loss vanish, so that the ratio would be that of F^f alone. d
 1, which moves weight between B0 and A0 and not their product. No inverse of d is taken: diag(1/d) U S = W0 V,
 so a row that does not matter at all keeps its projection; and the decomposition is exact. W0 is never edited,
 its residual is a frozen term. A retained set without gradients leaves F^f alone, a forgotten one PiSSA.
+
+Use it to let a model forget one set of data and keep another.
 """
 
 import torch
 from torch import Tensor
 
-from ...errors import InvalidOption
 from ...linalg import Diagonal, weighted_low_rank
+from ..limits import in_range
 from ..registry import init, near_base
 from ..site import Basis, Site
 
@@ -45,8 +47,7 @@ def fila(site: Site, rank: int, scaling: float, *, epsilon: float = 1e-5) -> Bas
         scaling: not used; the split of the terms divides by it.
         epsilon: share of the mean of F^r that is added to it, positive.
     """
-    if epsilon <= 0:
-        raise InvalidOption(f"fila: epsilon must be positive, not {epsilon}")
+    in_range("fila", "(0, inf)", epsilon=epsilon)
     forget, retain = (site.statistic("squared_gradient", data=name) for name in ("forget", "retain"))
     weights = row_weights(forget.to(site.device), retain.to(site.device), epsilon)
     up, down = weighted_low_rank(site.matrix(), rank, left=Diagonal(weights)).split()

@@ -18,7 +18,7 @@ import math
 
 import torch
 
-from ...errors import InvalidOption
+from ..limits import in_range
 from ..registry import init, not_base
 from ..site import Factors, Site
 from .kaiming import kaiming
@@ -44,8 +44,7 @@ def gora(site: Site, rank: int, scaling: float, *, gamma: float = 0.05) -> Facto
         scaling: s.
         gamma: learning rate of the SGD step that the start is as large as, positive.
     """
-    if gamma <= 0:
-        raise InvalidOption(f"gora: gamma must be positive, not {gamma}")
+    in_range("gora", "(0, inf)", gamma=gamma)
     down = kaiming(site, rank, scaling).down
     gradient = site.statistic("gradient").to(site.device, site.dtype)
     xi = gamma * math.sqrt(site.shape[1] / rank) / scaling

@@ -8,7 +8,7 @@ embedding, of which rows are read, A ~ N(0, 1), as in LoRA's code.
 
 import math
 
-from ...errors import InvalidOption
+from ..limits import in_range
 from ..registry import init
 from ..site import Factors, Site
 
@@ -30,8 +30,7 @@ def kaiming(site: Site, rank: int, scaling: float, *, a: float = math.sqrt(5)) -
         scaling: not used.
         a: slope of the rectifier that the bound is meant for, at least 0.
     """
-    if a < 0:
-        raise InvalidOption(f"kaiming: a must be at least 0, not {a}")
+    in_range("kaiming", "[0, inf)", a=a)
     out, columns = site.shape
     bound = math.sqrt(6 / ((1 + a * a) * columns))
     down = (

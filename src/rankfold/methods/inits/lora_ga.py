@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...errors import InvalidOption, InvalidRank
 from ...linalg import truncated_svd
+from ..limits import in_range, one_of
 from ..registry import init, near_base
 from ..site import Factors, Site
 
@@ -61,11 +62,10 @@ def lora_ga(
         scale: stable, unit (c = 1), gd (c = 1 / s) or weightS (mean root of the weight's singular values).
         iterations: power iterations of a randomised decomposition; None takes the exact one.
     """
-    if gamma <= 0 or directions not in DIRECTIONS or scale not in SCALES or (iterations or 0) < 0:
-        raise InvalidOption(
-            f"lora-ga needs gamma > 0, directions in {', '.join(DIRECTIONS)}, scale in {', '.join(SCALES)} "
-            "and iterations >= 0"
-        )
+    in_range("lora-ga", "(0, inf)", gamma=gamma)
+    in_range("lora-ga", "[0, inf)", iterations=iterations)
+    one_of("lora-ga", DIRECTIONS, directions=directions)
+    one_of("lora-ga", SCALES, scale=scale)
     if 2 * rank > min(site.shape):
         raise InvalidRank(
             f"{site.path}: lora-ga needs 2 rank = {2 * rank} <= min(out, in) = {min(site.shape)}"

@@ -16,8 +16,8 @@ bfloat16, which leaves them orthonormal to 1e-2 only.
 
 import torch
 
-from ...errors import InvalidOption
 from ...linalg import truncated_svd
+from ..limits import in_range
 from ..registry import init, not_base
 from ..site import Basis, Site
 from .lora_ga import gradient_of
@@ -49,10 +49,8 @@ def lora_sb(
         warmup_steps: steps in which the learning rate rises to lr, at least 1.
         iterations: power iterations of a randomised decomposition; None takes the exact one.
     """
-    if warmup_steps < 1 or (iterations is not None and iterations < 0):
-        raise InvalidOption(
-            f"lora-sb needs warmup_steps >= 1 and iterations >= 0, not {warmup_steps} and {iterations}"
-        )
+    in_range("lora-sb", "[1, inf)", warmup_steps=warmup_steps)
+    in_range("lora-sb", "[0, inf)", iterations=iterations)
     assert site.learning_rate is not None
     step = -site.learning_rate / warmup_steps * gradient_of(site, "lora-sb").sign()
     triplets = truncated_svd(step, rank, iterations=iterations, generator=site.generator("range"))

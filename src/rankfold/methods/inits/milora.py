@@ -9,6 +9,8 @@ sides, so that a weight whose r smallest are zero to the last bit never moves: t
 an exception.
 
 Deviation: W0 is never edited, its residual is a frozen term.
+
+Use it where what the model knows should be disturbed little by what it learns.
 """
 
 from ...linalg import weighted_low_rank

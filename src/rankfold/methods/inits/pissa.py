@@ -9,8 +9,8 @@ Deviations: W0 is never edited, its residual is a frozen term; the randomised fo
 paper's fast variant (16 iterations) is not.
 """
 
-from ...errors import InvalidOption
 from ...linalg import truncated_svd
+from ..limits import in_range
 from ..registry import init, near_base
 from ..site import Basis, Site
 
@@ -34,7 +34,6 @@ def pissa(site: Site, rank: int, scaling: float, *, iterations: int | None = Non
         scaling: the constant before the product, divided out of the split.
         iterations: power iterations of a randomised decomposition; None takes the exact one.
     """
-    if iterations is not None and iterations < 0:
-        raise InvalidOption(f"pissa: iterations must be at least 0, not {iterations}")
+    in_range("pissa", "[0, inf)", iterations=iterations)
     triplets = truncated_svd(site.matrix(), rank, iterations=iterations, generator=site.generator("range"))
     return Basis(*triplets)

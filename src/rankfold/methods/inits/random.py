@@ -9,7 +9,7 @@ the gate has a gradient.
 
 import math
 
-from ...errors import InvalidOption
+from ..limits import in_range
 from ..registry import init
 from ..site import Factors, Site
 
@@ -32,8 +32,7 @@ def random(site: Site, rank: int, scaling: float, *, std: float = 0.02, kaiming:
         std: standard deviation of both factors, positive.
         kaiming: draw both uniformly within Kaiming's bounds instead.
     """
-    if std <= 0:
-        raise InvalidOption(f"random: std must be positive, not {std}")
+    in_range("random", "(0, inf)", std=std)
     out, columns = site.shape
     if kaiming:
         up = site.uniform("up", out, rank, bound=1 / math.sqrt(rank))

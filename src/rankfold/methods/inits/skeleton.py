@@ -22,9 +22,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...errors import InvalidOption
 from ...linalg import skeleton as approximation
 from ...linalg import truncated_svd
+from ..limits import one_of
 from ..registry import init, near_base
 from ..site import Basis, Site
 
@@ -75,8 +75,7 @@ def skeleton(site: Site, rank: int, scaling: float, *, select: str = "pivoted") 
         scaling: not used; the split into factors divides by it.
         select: pivoted, leverage, norms or random.
     """
-    if select not in SELECTIONS:
-        raise InvalidOption(f"skeleton: select must be one of {', '.join(SELECTIONS)}, not {select!r}")
+    one_of("skeleton", SELECTIONS, select=select)
     matrix = site.matrix()
     rows, columns = SELECTIONS[select](site, matrix, rank)
     found = approximation(matrix, rank, rows=rows, columns=columns)

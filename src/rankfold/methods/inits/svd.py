@@ -5,8 +5,8 @@
 Eckart and Young 1936: no approximation of rank r is nearer to W0.
 """
 
-from ...errors import InvalidOption
 from ...linalg import truncated_svd
+from ..limits import in_range
 from ..registry import init
 from ..site import Basis, Site
 
@@ -27,7 +27,6 @@ def svd(site: Site, rank: int, scaling: float, *, iterations: int | None = None)
         scaling: not used.
         iterations: power iterations of a randomised decomposition; None takes the exact one.
     """
-    if iterations is not None and iterations < 0:
-        raise InvalidOption(f"svd: iterations must be at least 0, not {iterations}")
+    in_range("svd", "[0, inf)", iterations=iterations)
     triplets = truncated_svd(site.matrix(), rank, iterations=iterations, generator=site.generator("range"))
     return Basis(*triplets)

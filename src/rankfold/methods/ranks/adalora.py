@@ -15,24 +15,21 @@ initialiser takes out of the base start behind gates of one.
 Deviations: w and its gradient belong to the same step in |w dL/dw|; the penalty takes no part in it; ties are
 cut by order, so exactly b(t) gates stay open. When the handle is removed after the final mask, the closed
 terms are taken away, but for one where a weight has no other.
+
+Use it where a total rank should go to the weights that need it most, and training is long enough for a
+schedule of warm-up, competition and a last part with fixed masks.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...errors import InvalidOption
-from ..events import asked_total, close, close_again, drop_closed, shares_in_range, total_rank
+from ..events import asked_total, close, close_again, drop_closed, initial_rank, total_rank
+from ..limits import in_range, leave_steps
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
 from ..run import Run
 from ..sensitivity import add_orthogonality, cubic_budget, kept_terms, remember_scores, scores_of, window
-
-
-def initial_rank(options: Mapping[str, float], rank: int) -> int:
-    """Return the rank to begin with."""
-    return math.ceil(options["initial"] * rank)
 
 
 @ranks(
@@ -68,14 +65,10 @@ class AdaLoRA(DynamicRanks):
     needs: ClassVar[tuple[str, ...]] = ("total_steps",)
 
     def __post_init__(self) -> None:
-        shares = {name: getattr(self, name) for name in ("warmup", "final", "beta1", "beta2")}
-        if min(self.initial, self.interval) < 1 or self.orthogonality < 0 or not shares_in_range(shares):
-            raise InvalidOption(
-                "adalora needs initial >= 1, interval >= 1, orthogonality >= 0, and warmup, final, beta1 and "
-                "beta2 in [0, 1)"
-            )
-        if self.warmup + self.final >= 1:
-            raise InvalidOption("adalora: warmup and final leave no steps for the budget to fall")
+        in_range("adalora", "[1, inf)", initial=self.initial, interval=self.interval)
+        in_range("adalora", "[0, 1)", beta1=self.beta1, beta2=self.beta2)
+        in_range("adalora", "[0, inf)", orthogonality=self.orthogonality)
+        leave_steps("adalora", warmup=self.warmup, final=self.final)
 
     def share(self, units: Sequence[Unit], rank: int) -> dict[str, int]:
         """Begin with more than was asked for, where the weight can hold it."""

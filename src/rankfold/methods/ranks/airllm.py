@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InvalidOption
+from ..limits import in_range
 from ..registry import ranks
 from ..rules import Unit
 from ..tables import tabled
@@ -54,12 +55,7 @@ def airllm(units: Sequence[Unit], rank: int, *, ranks: Mapping[str, int] | None 
         rank: what alpha is divided by.
         ranks: by path, from `rankfold.methods.ranks.airllm.Proposer.propose`.
     """
-    if ranks is None:
-        raise InvalidOption(
-            'airllm takes the ranks that a proposer chose: pass ("airllm", {"ranks": {path: rank}}) with '
-            "ranks of rankfold.methods.ranks.airllm.Proposer.propose(state)"
-        )
-    return tabled("airllm", units, ranks)
+    return tabled("airllm", units, ranks, "airllm.Proposer.propose(state)")
 
 
 def decode(z: Tensor, least: int, most: int) -> Tensor:
@@ -116,8 +112,8 @@ class Proposer(nn.Module):
         self, weights: int, features: int, *, least: int = 1, most: int = 64, hidden: int = 256, seed: int = 0
     ) -> None:
         super().__init__()
-        if min(weights, features, least, hidden) < 1 or most < least:
-            raise InvalidOption("airllm: sizes must be at least 1, and 1 <= least <= most")
+        in_range("airllm", "[1, inf)", weights=weights, features=features, least=least, hidden=hidden)
+        in_range("airllm", f"[{least}, inf)", most=most)
         self.weights, self.features, self.least, self.most = weights, features, least, most
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -151,8 +147,7 @@ class Proposer(nn.Module):
             steps: of the sampler, in 1..1000.
             generator: of the noise that it starts from.
         """
-        if not 1 <= steps <= _LEVELS:
-            raise InvalidOption(f"steps must be in 1..{_LEVELS}, not {steps}")
+        in_range("airllm", f"[1, {_LEVELS}]", steps=steps)
         count = len(state)
         z = torch.randn(count, self.weights, generator=generator).to(state)
         known = state.new_ones(count)

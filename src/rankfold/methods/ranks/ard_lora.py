@@ -28,8 +28,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import InvalidOption
 from ...weights import Dense, Leaf
+from ..limits import in_range
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
 from ..run import Run, TrainedPair
@@ -95,8 +95,8 @@ class ArdLora(DynamicRanks):
     opens: ClassVar[bool] = False  # the penalty would keep an amount of zero there
 
     def __post_init__(self) -> None:
-        if self.penalty < 0 or self.variation < 0 or self.most < 1:
-            raise InvalidOption("ard-lora needs penalty >= 0, variation >= 0 and most >= 1")
+        in_range("ard-lora", "[0, inf)", penalty=self.penalty, variation=self.variation)
+        in_range("ard-lora", "[1, inf)", most=self.most)
 
     def share(self, units: Sequence[Unit], rank: int) -> dict[str, int]:
         """Hold R terms, where the weight can."""

@@ -35,6 +35,7 @@ from ...errors import Incompatible, InvalidOption
 from ...layers import require
 from ...statistics.batches import Batch, check_batches, loss_of
 from ...weights import Dense, Leaf, Pair
+from ..limits import in_range
 from ..registry import ranks
 from ..rules import Unit
 from ..tables import tabled
@@ -60,12 +61,7 @@ def autolora(units: Sequence[Unit], rank: int, *, ranks: Mapping[str, int] | Non
         rank: not used.
         ranks: by path, as `rankfold.methods.ranks.autolora.search` returns them.
     """
-    if ranks is None:
-        raise InvalidOption(
-            'autolora takes the ranks that a search found: pass ("autolora", {"ranks": '
-            "rankfold.methods.ranks.autolora.search(model, training, validation, ...)})"
-        )
-    return tabled("autolora", units, ranks)
+    return tabled("autolora", units, ranks, "autolora.search(model, training, validation, ...)")
 
 
 class Softmax(Leaf):
@@ -130,8 +126,8 @@ def search(
         Incompatible: a layer of the adapter has not exactly one trained product, or it has a gate.
         InvalidOption: a number is out of range, or there are no batches.
     """
-    if steps < 1 or lr <= 0 or selection_lr <= 0:
-        raise InvalidOption("autolora's search needs steps >= 1 and positive learning rates")
+    in_range("autolora's search", "[1, inf)", steps=steps)
+    in_range("autolora's search", "(0, inf)", lr=lr, selection_lr=selection_lr)
     adaptation = require(model)
     adapter = adaptation.adapter()
     expressions = adaptation.expressions(adapter.name)

@@ -21,10 +21,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ...errors import InvalidOption
 from ...layers import fold, require
 from ...weights import Leaf
 from ..events import drop_closed, over
+from ..limits import in_range
 from ..recipe import Recipe
 from ..registry import ranks
 from ..rules import DynamicRanks
@@ -61,8 +61,9 @@ class CoDyRA(DynamicRanks):
     opens: ClassVar[bool] = False  # the sparse steps would put gates that start at zero back there
 
     def __post_init__(self) -> None:
-        if self.threshold < 0 or not 0 <= self.dense < 1 or self.levels < 2:
-            raise InvalidOption("codyra needs threshold >= 0, dense in [0, 1) and levels >= 2")
+        in_range("codyra", "[0, inf)", threshold=self.threshold)
+        in_range("codyra", "[0, 1)", dense=self.dense)
+        in_range("codyra", "[2, inf)", levels=self.levels)
 
     def gate(self, site: Place, name: str, rank: int, start: str) -> Leaf:
         """Return the gate of a product."""

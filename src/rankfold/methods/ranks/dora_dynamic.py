@@ -18,25 +18,19 @@ pruning. When the handle is removed after the final mask, the closed terms are t
 weight has no other.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ...errors import InvalidOption
-from ..events import asked_total, close, close_again, drop_closed, gate_of, shares_in_range, total_rank
+from ..events import asked_total, close, close_again, drop_closed, gate_of, initial_rank, total_rank
+from ..limits import in_range, leave_steps
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
 from ..run import Run, TrainedPair
 from ..sensitivity import add_slope, kept_terms, scores_of, window
-
-
-def initial_rank(options: Mapping[str, float], rank: int) -> int:
-    """Return the rank to begin with."""
-    return math.ceil(options["initial"] * rank)
 
 
 def norm_shares(up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
@@ -92,14 +86,10 @@ class DoRADynamic(DynamicRanks):
     needs: ClassVar[tuple[str, ...]] = ("total_steps",)
 
     def __post_init__(self) -> None:
-        shares = {name: getattr(self, name) for name in ("start", "final", "beta")}
-        if min(self.initial, self.interval) < 1 or self.equilibrium < 0 or not shares_in_range(shares):
-            raise InvalidOption(
-                "dora-dynamic needs initial >= 1, interval >= 1, equilibrium >= 0, and start, final and beta "
-                "in [0, 1)"
-            )
-        if self.start + self.final >= 1:
-            raise InvalidOption("dora-dynamic: start and final leave no steps for pruning")
+        in_range("dora-dynamic", "[1, inf)", initial=self.initial, interval=self.interval)
+        in_range("dora-dynamic", "[0, 1)", beta=self.beta)
+        in_range("dora-dynamic", "[0, inf)", equilibrium=self.equilibrium)
+        leave_steps("dora-dynamic", start=self.start, final=self.final)
 
     def share(self, units: Sequence[Unit], rank: int) -> dict[str, int]:
         """Begin with more than was asked for, where the weight can hold it."""

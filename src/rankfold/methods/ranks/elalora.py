@@ -25,8 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import InvalidOption
-from ..events import change_terms, gate_of, largest_rank, shares_in_range
+from ..events import change_terms, gate_of, largest_rank
+from ..limits import in_range, leave_steps
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
 from ..run import Run, TrainedPair
@@ -103,13 +103,10 @@ class ElaLoRA(DynamicRanks):
     needs: ClassVar[tuple[str, ...]] = ("total_steps",)
 
     def __post_init__(self) -> None:
-        shares = {name: getattr(self, name) for name in ("warmup", "final", "beta1", "beta2")}
-        if min(self.pool, self.interval) < 1 or min(self.exchange, self.orthogonality) < 0:
-            raise InvalidOption("elalora needs pool and interval >= 1, and exchange and orthogonality >= 0")
-        if not shares_in_range(shares) or self.warmup + self.final >= 1:
-            raise InvalidOption(
-                "elalora needs warmup, final, beta1 and beta2 in [0, 1), and warmup + final below 1"
-            )
+        in_range("elalora", "[1, inf)", pool=self.pool, interval=self.interval)
+        in_range("elalora", "[0, 1)", beta1=self.beta1, beta2=self.beta2)
+        in_range("elalora", "[0, inf)", exchange=self.exchange, orthogonality=self.orthogonality)
+        leave_steps("elalora", warmup=self.warmup, final=self.final)
 
     def share(self, units: Sequence[Unit], rank: int) -> dict[str, int]:
         """Begin with the asked rank, where the weight can hold it."""

@@ -21,8 +21,8 @@ there are ranks to share out, the rest is not.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import InvalidOption
 from ...linalg import top_counts
+from ..limits import in_range
 from ..registry import Need, ranks
 from ..rules import Unit
 
@@ -57,8 +57,7 @@ def eva(units: Sequence[Unit], rank: int, *, rho: float = 2.0, iterations: int |
         rho: the most that a weight gets, as a multiple of r, at least 1.
         iterations: power iterations of a randomised decomposition of every batch; None takes the exact one.
     """
-    if rho < 1:
-        raise InvalidOption(f"eva: rho must be at least 1, not {rho}")
+    in_range("eva", "[1, inf)", rho=rho)
     most = largest_rank({"rho": rho}, rank)
     steps = rank // units[0].multiple * len(units)
     counts = top_counts([_scores(unit, most) for unit in units], steps)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...errors import InvalidOption
+from ..limits import in_range, one_of
 from ..registry import ranks
 from ..rules import Unit
 
@@ -53,11 +54,9 @@ def gora(
         maximum: r_max as a multiple of r, at least 1 and the minimum.
         cost: f, of what a rank costs: linear, root or log.
     """
-    if not 0 <= minimum <= maximum or maximum < 1 or cost not in COSTS:
-        raise InvalidOption(
-            f"gora needs 0 <= minimum <= maximum, maximum >= 1 and cost in {', '.join(COSTS)}, "
-            f"not {minimum}, {maximum} and {cost!r}"
-        )
+    in_range("gora", "[1, inf)", maximum=maximum)
+    in_range("gora", f"[0, {maximum}]", minimum=minimum)
+    one_of("gora", COSTS, cost=cost)
     importances = [_importance(unit) for unit in units]
     total = sum(importances)
     if not total > 0:

@@ -33,8 +33,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import InvalidOption
-from ..events import asked_total, change_terms, gate_of, largest_rank, shares_in_range
+from ..events import asked_total, change_terms, gate_of, largest_rank
 from ..importance import ChangeSensitivity
+from ..limits import in_range, leave_steps, one_of
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
 from ..run import Run, TrainedPair
@@ -57,7 +58,7 @@ class IncreLoRA(DynamicRanks):
     """Growing ranks.
 
     Args:
-        initial: the rank that every weight begins with, at least 1.
+        initial: the rank that every weight begins with, at least 1 and at most the asked one.
         growth: terms that a weight gains at once, at least 1; None is half of the asked rank.
         top: weights that grow at an event, at least 1.
         interval: steps between two events; None spreads them over the growing part of the training.
@@ -82,22 +83,20 @@ class IncreLoRA(DynamicRanks):
     alpha_over: ClassVar[str] = "asked"
 
     def __post_init__(self) -> None:
-        counts = [n for n in (self.initial, self.growth, self.top, self.interval) if n is not None]
-        shares = {name: getattr(self, name) for name in ("warmup", "final", "beta1", "beta2")}
-        if min(counts) < 1 or self.orthogonality < 0:
-            raise InvalidOption(
-                "increlora needs initial, growth, top and interval of at least 1, and orthogonality >= 0"
-            )
-        if self.score not in ("weights", "factors"):
-            raise InvalidOption(f"increlora: score must be 'weights' or 'factors', not {self.score!r}")
-        if not shares_in_range(shares) or self.warmup + self.final >= 1:
-            raise InvalidOption(
-                "increlora needs warmup, final, beta1 and beta2 in [0, 1), and warmup + final below 1"
-            )
+        counts = {name: getattr(self, name) for name in ("initial", "growth", "top", "interval")}
+        in_range("increlora", "[1, inf)", **counts)
+        in_range("increlora", "[0, 1)", beta1=self.beta1, beta2=self.beta2)
+        in_range("increlora", "[0, inf)", orthogonality=self.orthogonality)
+        one_of("increlora", ("weights", "factors"), score=self.score)
+        leave_steps("increlora", warmup=self.warmup, final=self.final)
 
     def share(self, units: Sequence[Unit], rank: int) -> dict[str, int]:
-        """Begin with the initial rank, or with the asked one where that is less."""
-        return {unit.path: unit.fitted(min(self.initial, rank)) for unit in units}
+        """Begin with the initial rank, where the weight can hold it."""
+        if self.initial > rank:
+            raise InvalidOption(
+                f"increlora: initial must be at most {rank}, the rank asked for, not {self.initial}"
+            )
+        return {unit.path: unit.fitted(self.initial) for unit in units}
 
     def watch(self, run: Run) -> Sequence[RemovableHandle]:
         """Watch the gradients of weights while the handle is there."""

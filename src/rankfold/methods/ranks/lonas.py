@@ -19,6 +19,7 @@ also narrows them); sparse and quantised bases (Shears, SQFT) are whatever the a
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ from ...layers import require
 from ...optim import moments
 from ...weights import Leaf, Pair
 from ...weights.weight import tick
+from ..limits import in_range
 from ..recipe import Recipe, resolve
 from ..registry import ranks
 from ..rules import DynamicRanks
@@ -65,9 +67,16 @@ class Lonas(DynamicRanks):
     opens: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        falling = all(a > b for a, b in zip(self.choices, list(self.choices)[1:], strict=False))
-        if not self.choices or not falling or not all(0 < share <= 1 for share in self.choices):
-            raise InvalidOption(f"lonas: choices must fall within (0, 1], not {list(self.choices)}")
+        numbers = all(isinstance(share, int | float) for share in self.choices)
+        falling = numbers and all(a > b for a, b in itertools.pairwise(self.choices))
+        if not self.choices or not falling or not 0 < self.choices[-1] <= self.choices[0] <= 1:
+            raise InvalidOption(f"lonas: choices must be numbers that fall within (0, 1], not {self.choices}")
+        try:
+            re.compile(self.together)
+        except re.error as error:
+            raise InvalidOption(
+                f"lonas: together must be a regular expression, not {self.together!r}: {error}"
+            ) from None
 
     def gate(self, site: Place, name: str, rank: int, start: str) -> Leaf:
         """Return a mask of ones, which is not trained."""
@@ -175,8 +184,7 @@ def climb(
     Raises:
         InvalidOption: the adapter's ranks are not lonas's, or a number is out of range.
     """
-    if rounds < 0:
-        raise InvalidOption(f"rounds must be at least 0, not {rounds}")
+    in_range("lonas", "[0, inf)", rounds=rounds)
     rule, pairs = _super_network(model)
     groups = sorted({rule.group(path) for path in pairs})
     generator = random.Random(seed)

@@ -20,6 +20,8 @@ nothing could train any more. Start: the structure's and the initialiser's.
 
 Deviation: exact and not randomised. With an initialiser whose start is subtracted from the base, the
 product holds a part of the base, and what is dropped of that is missing from the weight.
+
+Use it where a high rank is affordable while training and the adapter has to be small afterwards.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from torch import Tensor
 from ...errors import InvalidOption
 from ...linalg import Squeezed, squeeze_factors
 from ...optim import reset, transform
+from ..limits import in_range, one_of
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
 from ..run import Run, TrainedPair
@@ -70,10 +73,9 @@ class LoraSqueeze(DynamicRanks):
     gated: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.times < 1 or not 0 <= self.final < 1 or self.moments not in ("transfer", "reset"):
-            raise InvalidOption(
-                'lora-squeeze needs times >= 1, final in [0, 1) and moments="transfer" or "reset"'
-            )
+        in_range("lora-squeeze", "[1, inf)", times=self.times)
+        in_range("lora-squeeze", "[0, 1)", final=self.final)
+        one_of("lora-squeeze", ("transfer", "reset"), moments=self.moments)
 
     def share(self, units: Sequence[Unit], rank: int) -> dict[str, int]:
         """Begin with the high rank, where the weight can hold it."""

@@ -24,7 +24,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...errors import BaseMismatch, InvalidOption
+from ...errors import BaseMismatch
+from ..limits import in_range
 from ..registry import ranks
 from ..rules import Unit
 from ..tables import tabled
@@ -49,12 +50,7 @@ def pearl(units: Sequence[Unit], rank: int, *, ranks: Mapping[str, int] | None =
         rank: what alpha is divided by.
         ranks: by path, as `rankfold.methods.ranks.pearl.task_ranks` returns them.
     """
-    if ranks is None:
-        raise InvalidOption(
-            'pearl reads the ranks off a short fine-tuning: pass ("pearl", {"ranks": '
-            "rankfold.methods.ranks.pearl.task_ranks(reference, tuned)})"
-        )
-    given = tabled("pearl", units, ranks)
+    given = tabled("pearl", units, ranks, "pearl.task_ranks(reference, tuned)")
     return {unit.path: unit.fitted(given[unit.path]) if given[unit.path] else 0 for unit in units}
 
 
@@ -80,8 +76,9 @@ def task_ranks(
         >>> task_ranks({"layer.weight": torch.zeros(5, 5)}, {"layer.weight": moved})
         {'layer': 3}
     """
-    if not 0 < energy <= 1 or near < 0 or (largest is not None and largest < 1):
-        raise InvalidOption("pearl needs energy in (0, 1], near >= 0 and largest >= 1")
+    in_range("pearl", "(0, 1]", energy=energy)
+    in_range("pearl", "[0, inf)", near=near)
+    in_range("pearl", "[1, inf)", largest=largest)
     before, after = _matrices(reference), _matrices(tuned)
     if before.keys() != after.keys():
         raise BaseMismatch(f"only one of the two has {min(before.keys() ^ after.keys())}")

@@ -31,11 +31,11 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...errors import InvalidOption
 from ...layers import StructuredLayer, Target
 from ...layers.targets import candidates
 from ...statistics.rows import inputs_of
 from ...weights import Leaf, Weight
+from ..limits import in_range
 from ..processes import processes
 from ..registry import ranks
 from ..rules import DynamicRanks, Unit
@@ -79,11 +79,9 @@ class PRILoRA(DynamicRanks):
     alpha_over: ClassVar[str] = "asked"
 
     def __post_init__(self) -> None:
-        shares = 0 <= self.prune < 1 and 0 <= self.beta < 1
-        if min(self.first, self.last) <= 0 or self.interval < 1 or not shares:
-            raise InvalidOption(
-                "prilora needs first > 0, last > 0, interval >= 1, and prune and beta in [0, 1)"
-            )
+        in_range("prilora", "(0, inf)", first=self.first, last=self.last)
+        in_range("prilora", "[1, inf)", interval=self.interval)
+        in_range("prilora", "[0, 1)", prune=self.prune, beta=self.beta)
 
     def share(self, units: Sequence[Unit], rank: int) -> dict[str, int]:
         """Share ranks out by depth."""

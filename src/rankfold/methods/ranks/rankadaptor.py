@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InvalidOption
+from ..limits import in_range
 from ..registry import ranks
 from ..rules import Unit
 from ..tables import tabled
@@ -65,12 +66,7 @@ def rankadaptor(
         rank: not used.
         ranks: by path or pattern, as `rankfold.methods.ranks.rankadaptor.search` returns them.
     """
-    if ranks is None:
-        raise InvalidOption(
-            'rankadaptor takes the ranks that a search found: pass ("rankadaptor", {"ranks": '
-            "rankfold.methods.ranks.rankadaptor.search(measure, costs, budget)})"
-        )
-    return tabled("rankadaptor", units, ranks)
+    return tabled("rankadaptor", units, ranks, "rankadaptor.search(measure, costs, budget)")
 
 
 def search(
@@ -108,10 +104,8 @@ def search(
         6
     """
     space = _Space(list(costs.values()), budget, list(candidates), random.Random(seed))
-    if min(initial, pool, epochs) < 1 or rounds < 0 or tolerance < 0:
-        raise InvalidOption(
-            "rankadaptor's search needs initial, pool, epochs >= 1, rounds and tolerance >= 0"
-        )
+    in_range("rankadaptor's search", "[1, inf)", initial=initial, pool=pool, epochs=epochs)
+    in_range("rankadaptor's search", "[0, inf)", rounds=rounds, tolerance=tolerance)
     scores: dict[Configuration, float] = {}
 
     def take(chosen: Configuration) -> float:

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InvalidOption
 from ...linalg import proportional
+from ..limits import in_range, one_of
 from ..registry import Need, ranks
 from ..rules import Unit
 
@@ -47,10 +47,7 @@ def statistics(options: Mapping[str, Any], rank: int) -> list[Need]:
 
 
 def _source(hessian: str) -> tuple[str, Callable[[Tensor], Tensor]]:
-    if hessian not in HESSIANS:
-        raise InvalidOption(
-            f"sensitivity-lora: hessian must be one of {', '.join(HESSIANS)}, not {hessian!r}"
-        )
+    one_of("sensitivity-lora", HESSIANS, hessian=hessian)
     return HESSIANS[hessian]
 
 
@@ -94,11 +91,10 @@ def sensitivity_lora(
         minimum: the least that a weight gets, as a multiple of r, in [0, 1].
         maximum: the most, as a multiple of r, at least 1.
     """
-    if not (0 <= beta <= 1 and 0 < top <= 1 and 0 <= minimum <= 1 <= maximum) or local not in LOCAL:
-        raise InvalidOption(
-            "sensitivity-lora needs beta in [0, 1], top in (0, 1], minimum in [0, 1], maximum >= 1 and local "
-            f"in {', '.join(LOCAL)}"
-        )
+    in_range("sensitivity-lora", "[0, 1]", beta=beta, minimum=minimum)
+    in_range("sensitivity-lora", "(0, 1]", top=top)
+    in_range("sensitivity-lora", "[1, inf)", maximum=maximum)
+    one_of("sensitivity-lora", LOCAL, local=local)
     found = [sensitivities(unit, hessian, weighted) for unit in units]
     overall = _normalised([float(s.mean()) for s in found])
     within = _normalised([top_mean(s, top) if local == "top-k" else effective_rank(s) for s in found])

@@ -25,6 +25,7 @@ from torch import Tensor
 from ...errors import InvalidOption
 from ...weights import Leaf
 from ..events import drop_closed, gate_of, over, total_rank
+from ..limits import in_range
 from ..registry import ranks
 from ..rules import DynamicRanks, soft_threshold
 from ..run import Run, TrainedPair
@@ -72,8 +73,9 @@ class SoRA(DynamicRanks):
     Args:
         threshold: xi, what every step takes from |g|, at least 0.
         penalty: weight of mean|g| over all gates in the loss, at least 0.
-        last: xi of the last stage, at least `threshold`; None keeps it.
-        stages: equal parts of the training over which xi climbs; more than one needs the number of steps.
+        last: xi of the last stage, at least `threshold`; None, of a single stage, keeps it.
+        stages: equal parts of the training over which xi climbs to `last`; more than one needs the number of
+            steps.
         dead_zone: also zero what is left within xi of zero, as the authors' code does.
     """
 
@@ -85,10 +87,13 @@ class SoRA(DynamicRanks):
     opens: ClassVar[bool] = False  # a gate of zero is put back there by every step that moves it less than xi
 
     def __post_init__(self) -> None:
-        if min(self.threshold, self.penalty) < 0 or self.stages < 1:
-            raise InvalidOption("sora needs threshold >= 0, penalty >= 0 and stages >= 1")
-        if self.last is not None and (self.last < self.threshold or self.stages == 1):
-            raise InvalidOption("sora: the last threshold must be at least the first, and of a second stage")
+        in_range("sora", "[0, inf)", threshold=self.threshold, penalty=self.penalty)
+        in_range("sora", "[1, inf)", stages=self.stages)
+        in_range("sora", f"[{self.threshold}, inf)", last=self.last)
+        if (self.last is None) != (self.stages == 1):
+            raise InvalidOption(
+                "sora: over several stages the threshold climbs to last: give last and stages > 1, or neither"
+            )
 
     @property
     def needs(self) -> tuple[str, ...]:

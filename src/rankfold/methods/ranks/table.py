@@ -8,6 +8,8 @@ pattern before another that means all of its weights and more; two that overlap 
 refused, and so is an entry that means no weight. 0 leaves weights out, and what no entry means gets the rank
 that was asked for, as far as it can hold it. alpha is divided by what a weight itself gets, as in the rank
 patterns of common libraries. LoRA itself (Hu et al. 2021) already gives some weights rank and others none.
+
+Use it where the ranks are known: from another run, a search, or a decision.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,7 @@ from ...errors import InvalidOption, near_names
 from ...layers.targets import matches
 from ..registry import ranks
 from ..rules import Unit
+from ..tables import asks_for_table
 
 
 def largest_rank(options: Mapping[str, Any], rank: int) -> int:
@@ -46,7 +49,7 @@ def table(units: Sequence[Unit], rank: int, *, ranks: Mapping[str, int] | None =
         InvalidOption: there is no table, or an entry means no weight, is no rank, or contradicts another.
     """
     if not isinstance(ranks, Mapping) or not ranks:
-        raise InvalidOption('table needs the ranks: pass ("table", {"ranks": {"*.attention.*": 4}})')
+        raise asks_for_table("table", "the ranks that you choose")
     wrong = {key: value for key, value in ranks.items() if type(value) is not int or value < 0}
     if wrong:
         key, value = next(iter(wrong.items()))

@@ -10,10 +10,18 @@ Deviations: both products have one rank, as in all of the paper's runs; the deco
 randomised.
 """
 
+from torch import Tensor
+
 from ...linalg import truncated_svd
 from ...weights import Weight
 from ..registry import structure
 from ..site import Site
+
+
+def entrywise(site: Site, rank: int, left: Tensor, right: Tensor, scaling: float) -> Weight:
+    """Return W0 + scaling (left right) . (B2 A2), the second product started by the initialiser."""
+    first = site.trained(left, "up1") @ site.trained(right, "down1")
+    return site.base + scaling * (first * site.change(site.factors(rank), 1.0))
 
 
 @structure(
@@ -42,6 +50,4 @@ def abba(site: Site, rank: int, *, alpha: float | None = None) -> Weight:
     if not site.blank:
         u, values, vt = truncated_svd(site.matrix(), rank)
         left, right = u * values.sqrt(), values.sqrt()[:, None] * vt
-    fixed = site.trained(left, "up1") @ site.trained(right, "down1")
-    scaling = rank * site.scaling(alpha, rank)
-    return site.base + scaling * (fixed * site.change(site.factors(rank), 1.0))
+    return entrywise(site, rank, left, right, rank * site.scaling(alpha, rank))

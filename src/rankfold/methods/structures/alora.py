@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidOption
-from ...layers import CacheMemory, ModelInputs
+from ...layers import ModelInputs
 from ...weights import Gated, Weight
 from ..registry import structure
 from ..site import Site
@@ -28,13 +28,16 @@ _NEVER = torch.iinfo(torch.int64).max
 class Invoked:
     """The gate that opens where the invocation starts and stays open, across calls that share a cache.
 
+    It also reads what the base alone puts into a cache.
+
     Args:
         invocation: token ids.
     """
 
+    remembers = True
+
     def __init__(self, invocation: Sequence[int]) -> None:
         self.invocation = tuple(invocation)
-        self.memory = CacheMemory()
 
     def compute(self, inputs: ModelInputs) -> Tensor:
         """Return the gate, (batch, token)."""
@@ -44,11 +47,10 @@ class Invoked:
             )
         start = self.start_of(inputs.ids)
         start = torch.where(start == _NEVER, start, start + inputs.past)
-        if inputs.cache is not None:
-            if inputs.past and inputs.cache in self.memory.values:
-                known = self.memory.values[inputs.cache].to(start.device)
-                start = torch.where(start == _NEVER, known, start)
-            self.memory.values[inputs.cache] = start
+        name = f"start of {self.invocation}"
+        if name in inputs.kept:
+            start = torch.where(start == _NEVER, inputs.kept[name].to(start.device), start)
+        inputs.kept[name] = start
         place = inputs.past + torch.arange(inputs.tokens, device=inputs.device)
         return place[None] >= start[:, None]
 

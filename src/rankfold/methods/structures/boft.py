@@ -10,6 +10,8 @@ values stay. Start: the base up to rounding.
 
 Deviation: from the third factor on, peft's order of the inputs pairs the same half blocks as the second does;
 here the distance doubles with every factor. Up to two factors the orders agree.
+
+Use it as OFT, where rotations should reach across blocks: every factor trains another set of small blocks.
 """
 
 import torch

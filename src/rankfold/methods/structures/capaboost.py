@@ -12,6 +12,9 @@ Deviations: the branches are evaluated as one product of rank d r without using 
 the multiply-adds are d times LoRA's; masks of the form 2 of 4 and masked bottleneck adapters are left out.
 An entry that no mask keeps, about (1 - share)^d of all, gets no gradient and stays at its start but for
 decay.
+
+Use it where a rank of d r is wanted from the numbers of LoRA with rank r, and d times its multiply-adds are
+no matter while training.
 """
 
 import torch

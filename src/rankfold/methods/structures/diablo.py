@@ -6,6 +6,9 @@ Gurses et al. 2025. One SGD step moves the weight by exactly the diagonal blocks
 = 64 is the paper's for LLaMA-2-7B; fewer where the weight is smaller. Start: D = 0, the base, exactly.
 
 Deviation: no dropout by default, where the paper's runs use 0.05.
+
+Use it where a change of full rank is wanted without two factors, and so without the question of how to start
+them.
 """
 
 from ...errors import InvalidOption

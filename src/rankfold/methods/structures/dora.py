@@ -7,6 +7,9 @@ Liu et al. 2024. The norm is a constant for the gradient, as the paper's section
 lets it take part, and then no gradient reaches V along its own rows. The bias is not scaled. Dropout acts on
 the input of B A only. Rank and alpha are LoRA's; the paper halves LoRA's rank at equal quality. An embedding
 is normalised by columns, m in R^dim, because they are its outputs. Start: the base up to rounding.
+
+Use it where the lengths of the weight's rows should move apart from their directions. Training pays for the
+norm of every row, the folded weight for nothing.
 """
 
 from ...weights import ColumnNormalized, Normalized, Weight

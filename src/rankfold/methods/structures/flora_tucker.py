@@ -9,6 +9,8 @@ Start: the base, exactly.
 
 Deviations: s = alpha / r as in the authors' later library, 1 by default; one rank for both channel modes; an
 embedding is a matrix like any other, where the original repository adds one vector to every row.
+
+Use it on convolutions, whose window it keeps apart from the channels.
 """
 
 import math

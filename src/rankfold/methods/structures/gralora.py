@@ -6,6 +6,9 @@ Jung et al. 2025. B_j in R^{out/k x r}, A_n in R^{r x in/k}. Parameters and mult
 reaches k r. An initialiser sees every block as a weight of its own. s = alpha / (r + r_h); r_h is the rank of
 an optional plain LoRA beside it. r = 32, k = 2 and alpha = 2 r are the paper's; it advises k = 4 from r = 64.
 Start: the base, exactly.
+
+Use it where the change needs a higher rank than LoRA's and may not cost more: the rank reaches k r with the
+same numbers and multiply-adds.
 """
 
 from torch import Tensor, stack

@@ -11,6 +11,11 @@ from ..registry import near_base, structure
 from ..site import Site
 
 
+def modulated(site: Site, rank: int) -> Weight:
+    """Return W0 . (1 + change), from any start of the change."""
+    return Modulated(site.base, site.change(site.factors(rank), 1.0))
+
+
 @structure(
     "hira",
     stage="modulate",
@@ -28,4 +33,4 @@ from ..site import Site
 )
 def hira(site: Site, rank: int) -> Weight:
     """Return W0 . (1 + B A)."""
-    return Modulated(site.base, site.change(site.factors(rank), 1.0))
+    return modulated(site, rank)

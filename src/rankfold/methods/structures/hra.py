@@ -8,6 +8,9 @@ reflections cancel in pairs. The paper's regulariser is `penalty`. Start: the ba
 
 Deviations: the rank is even, an odd one could not start at the base; the strictly orthogonal (Gram-Schmidt)
 form is left out, for H = I - 2 Q Q^T is never the identity.
+
+Use it where the singular values of the weight and the angles between its rows have to stay, and the change
+has to be of low rank.
 """
 
 import math

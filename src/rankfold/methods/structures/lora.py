@@ -6,6 +6,9 @@ Hu et al. 2021. Rank-stabilised scaling (rsLoRA, Kalajdzievski 2023, arXiv 2312.
 Dropout acts on the input of the change only. Rank 8, alpha = r and no dropout are the usual library defaults.
 On a convolution A is a kernel of r output channels and B mixes channels; on an embedding B is looked up.
 Start: the base, exactly.
+
+Use it as the baseline that others are compared with, and where the adapter has to be read elsewhere: plain
+LoRA is what servers read alike.
 """
 
 from ...weights import Weight

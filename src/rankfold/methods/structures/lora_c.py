@@ -11,6 +11,8 @@ smaller side is allowed: the factors are then more than the change needs. Start:
 Deviations: the rows take the first window axis, so that other windows than squares and one or three axes
 work; with groups they count Co / groups, as in loralib's convolution. A linear layer has no window: the
 change is LoRA's.
+
+Use it on convolutions; on a linear layer the change is LoRA's.
 """
 
 from collections.abc import Callable

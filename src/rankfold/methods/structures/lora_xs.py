@@ -10,6 +10,8 @@ about 2 std sqrt(r).
 An initialiser that gives a core of its own (lora-sb) starts R there, between its own outer factors.
 
 Deviation: alpha is the rank by default, so s = 1; the paper's runs set it.
+
+Use it where adapters have to be very small: r^2 numbers a weight, whatever its size.
 """
 
 from ...errors import InvalidOption

@@ -9,6 +9,9 @@ does not divide `in`, the largest smaller divisor is taken. Start: S = 0, the ba
 Deviations: the Cayley transform is exact, where public code may take five terms of its Neumann series,
 which is orthogonal only near the start; COFT's bound on ||S||, blocks that share one rotation, and dropped
 blocks are left out.
+
+Use it where the singular values of the weight and the angles between its rows have to stay, and the change
+may have full rank.
 """
 
 from ...errors import InvalidOption

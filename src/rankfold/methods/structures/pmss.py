@@ -9,6 +9,8 @@ init=skeleton choose them otherwise. Start: M = 0, the base, exactly.
 The paper's selection is not public; the pivots, M = 0 and alpha = r (so that s = 1) are this package's
 reading of it. A step of SGD on M moves W by -lr s^2 C C^T G R^T R, so the learning rate goes with the size of
 W0 to the fourth power.
+
+Use it where a high rank is wanted from few numbers, within the span of columns and rows that the weight has.
 """
 
 from ...weights import Weight

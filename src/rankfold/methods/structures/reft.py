@@ -124,7 +124,7 @@ def reft(site: OutputSite, rank: int, *, positions: str = "f7+l7") -> Branch:
         raise InvalidRank(
             f"{site.path}: rank {rank} is more than its {width} channels; choose rank <= {width}"
         )
-    frame = torch.linalg.qr(site.normal("frame", width, rank)).Q
+    frame = site.orthonormal("frame", width, rank)
     bound = 1 / math.sqrt(width)
     weight, bias = site.uniform("weight", rank, width, bound=bound), site.uniform("bias", rank, bound=bound)
     return LoReFT(frame, weight, bias, site.gates, site.gate_key)

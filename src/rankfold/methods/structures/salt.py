@@ -6,8 +6,11 @@ Elsayed et al. 2025. U (out, k) and V^T (k, in), k = min(out, in), are frozen; a
 and Y in R^{p x q}, q = k - r, train: 2 r + 2 p q numbers. The maximum acts on every entry of the core, as in
 the official code, so the change of the tail has a rank above p in general, and an entry beside the diagonal
 gets a gradient only while it is positive. p = 8, X Kaiming uniform (a = sqrt 20) and Y = 0 are the official
-code's for SAM 2; r is a share of k, of which 0.5 is this package's choice. The paper's regulariser is
-`penalty`. Start: the base, exactly.
+code's for SAM 2; r is a share of k, of which 0.5 is this package's choice. Start: the base, exactly.
+
+The paper's loss has the term mu (||diag(a S_r + b)||_F + ||X Y||_F) per weight, norms and not squares. With
+`mu` and `attach` its gradient is added to the loss's; its value is `spectral_penalty.penalty`. The official
+code leaves mu to the configuration, so it is 0 here, off, by default.
 
 Deviation: a starts at 0 where the code trains 1 + a, so weight decay pulls towards the base.
 """
@@ -15,14 +18,13 @@ Deviation: a starts at 0 where the code trains 1 + a, so weight decay pulls towa
 import math
 
 import torch
-from torch import Tensor, nn
 
 from ...errors import InvalidOption
-from ...layers import require
 from ...weights import Affine, Diagonal, Leaf, Rectified, Weight
 from ..framed import framed
 from ..registry import structure
 from ..site import Basis, Site
+from ..spectral_penalty import Penalty
 
 RECTIFIED = ("all", "diagonal", "none")
 
@@ -36,8 +38,9 @@ RECTIFIED = ("all", "diagonal", "none")
     formula="W = U max(blockdiag(diag((1 + a) S_r + b), diag(S_q) + X Y), 0) V^T",
     init="svd",
     starts=("frame",),
+    training=Penalty,
 )
-def salt(site: Site, rank: int, *, ratio: float = 0.5, relu: str = "all") -> Weight:
+def salt(site: Site, rank: int, *, ratio: float = 0.5, relu: str = "all", mu: float = 0.0) -> Weight:
     """Return W0 + U_r diag(change of the values) V_r^T + U_q (change of the tail) V_q^T.
 
     Args:
@@ -45,6 +48,7 @@ def salt(site: Site, rank: int, *, ratio: float = 0.5, relu: str = "all") -> Wei
         rank: p, of the product that is added to the tail.
         ratio: share of the singular values that are scaled and shifted, in (0, 1]; at least one is.
         relu: which entries of the core may not become negative: "all", "diagonal" or "none".
+        mu: weight of the regulariser in training, at least 0.
     """
     if not 0 < ratio <= 1 or relu not in RECTIFIED:
         raise InvalidOption(f"salt needs ratio in (0, 1] and relu in {RECTIFIED}, not {ratio} and {relu!r}")
@@ -76,15 +80,3 @@ def _tail(site: Site, basis: Basis, rank: int, relu: str) -> Weight:
         values = site.frozen(basis.values, "rest.values")
         change = Rectified(values, change, "rest.rectified", everywhere=relu == "all")
     return framed(site, basis, change, prefix="rest.")
-
-
-def penalty(model: nn.Module, name: str = "default") -> Tensor:
-    """Return the sum over weights of ||diag(a S_r + b)||_F + ||X Y||_F, to be added to the loss times mu."""
-    norms = []
-    for expression in require(model).expressions(name).values():
-        leaves = {leaf.name: leaf.tensor() for leaf in expression.leaves()}
-        if "values" in leaves:
-            norms.append((leaves["scale"] * leaves["values"] + leaves["shift"]).norm())
-        if "up" in leaves:
-            norms.append((leaves["up"] @ leaves["down"]).norm())
-    return torch.stack(norms).sum()

@@ -6,6 +6,9 @@ Sun et al. 2024. U_r (out, r) and V_r (in, r) are frozen. Start: the base, exact
 
 Deviations: the offset z - S_r is what is trained, so weight decay pulls towards the base; r = 128 is this
 package's choice, the paper takes the r that holds 99 % of the spectrum.
+
+Use it where r numbers a weight are enough: it can make the leading directions of the weight stronger and
+weaker, and not turn them.
 """
 
 from ...weights import Diagonal, Weight

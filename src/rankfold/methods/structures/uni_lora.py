@@ -8,6 +8,8 @@ isometric, P^T P = I. r = 4, 23,040 numbers (RoBERTa-base) and theta ~ U(-0.02, 
 not exactly the base, because a zero theta would be a saddle.
 
 Deviation: theta is never longer than all factors together, where the official code leaves the rest unused.
+
+Use it where the whole adapter has to be one short vector, whatever the size of the model.
 """
 
 from collections.abc import Mapping

@@ -6,6 +6,8 @@ Kopiczko et al. 2023. b in R^out and d in R^r are trained. A and B are Kaiming u
 bound sqrt(3) sqrt(2) / sqrt(fan_in), fan_in = in_max for A and r for B; r = 256, d = 0.1, b = 0 are the
 paper's, there is no alpha. The pair depends on the seed and on the largest weight that is adapted. Start: the
 base, exactly.
+
+Use it where many adapters have to be kept: a weight trains out + r numbers, and all layers share the pair.
 """
 
 import math

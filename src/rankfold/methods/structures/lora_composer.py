@@ -1,0 +1,54 @@
+"""LoRA-Composer's regional gating: every concept's LoRA acts inside its own box of the image only.
+
+    y_p = W0 x_p + sum_i M_i(p) s B_i A_i x_p,   M_i in {0, 1}^{height x width},   p a point of the image
+
+Yang et al. 2024. One adapter a concept: either a fresh LoRA, or, with `of`, the frozen change of an adapter
+that the model holds already, which needs no training. Use several together (`rankfold.use(model, [...])`)
+and give every one its mask (`rankfold.gate_inputs(model, regions={adapter name: (height, width) or (batch,
+height, width)})`). Layers that read the image at another size of the same shape see the mask resized to the
+nearest point. Outside all boxes the output is the base's. It cannot be folded. Start: the base for a fresh
+LoRA.
+
+Deviations: of the paper this is the region-aware injection as far as it is a gate on adapters. Prompts of
+their own per region, guidance of the latents, isolation inside self-attention and the new start of the
+latents belong to a sampling loop and are not here.
+"""
+
+from ...weights import Gated, Weight
+from ..gating import region_gate
+from ..registry import structure
+from ..routing import taken_factors
+from ..site import Site
+
+
+@structure(
+    "lora-composer",
+    title="LoRA-Composer: Leveraging Low-Rank Adaptation for Multi-Concept Customization in Training-Free "
+    "Diffusion Models",
+    year=2024,
+    code="Young98CN/LoRA_Composer",
+    formula="y_p = W0 x_p + sum_i M_i(p) s B_i A_i x_p",
+    init="kaiming",
+    starts=("zero", "residual"),
+    pairs="parts",
+    sides=True,
+    entries=True,
+    layers=("linear",),
+    targets="attention",
+    gate=region_gate,
+)
+def lora_composer(site: Site, rank: int, *, alpha: float | None = None, of: str | None = None) -> Weight:
+    """Return W0 plus the change inside the region.
+
+    Args:
+        site: the weight.
+        rank: r; at least that of `of`.
+        alpha: numerator of the scaling of a fresh LoRA; the rank by default.
+        of: another adapter of the model, whose low-rank change is copied and frozen.
+    """
+    if of is None:
+        change = site.low_rank(rank, site.scaling(alpha, rank))
+    else:
+        factors = taken_factors(site, of, rank, "lora-composer")
+        change = site.frozen(factors.up, "up") @ site.frozen(factors.down, "down")
+    return site.base + Gated(change, site.gates, site.gate_key)

@@ -1,0 +1,87 @@
+"""LoHa and LoKr: entrywise and Kronecker products of small factors."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from methods._layers import adapted, base, change, count, disturbed, leaves_of, linear, normal, rank_of
+from methods._peft import DTYPES, HOSTS, assert_parity, twins
+from peft import LoHaConfig, LoKrConfig
+from torch import Tensor
+
+import rankfold as rf
+
+
+def hadamard(layer: Any, leaves: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor, Any]]:
+    for name, theirs in (("up1", "w1_a"), ("down1", "w1_b"), ("up", "w2_a"), ("down", "w2_b")):
+        yield name, getattr(layer, f"hada_{theirs}")["default"], torch.Tensor.clone
+
+
+KRONECKER = {
+    "first": "w1", "up1": "w1_a", "down1": "w1_b", "second": "w2", "up": "w2_a", "down": "w2_b",
+}  # fmt: skip
+
+
+def kronecker(layer: Any, leaves: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor, Any]]:
+    for name in leaves:
+        theirs = getattr(layer, f"lokr_{KRONECKER[name]}")["default"]
+        yield name, theirs, lambda value, shape=theirs.shape: value.reshape(shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_entrywise_product_is_pefts(dtype: torch.dtype) -> None:
+    config = LoHaConfig(r=2, alpha=6)
+    assert_parity(twins(HOSTS["perceptron"], dtype, "loha", config, hadamard, rank=2, alpha=6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("host", ["perceptron", "convolution"])
+@pytest.mark.parametrize(("rank", "both"), [(1, False), (1, True), (8, False)])
+def test_the_kronecker_product_is_pefts(host: str, dtype: torch.dtype, rank: int, both: bool) -> None:
+    config = LoKrConfig(r=rank, alpha=3, decompose_both=both)
+    recipe = rf.Recipe(("lokr", {"decompose_both": both}))
+    assert_parity(twins(HOSTS[host], dtype, recipe, config, kronecker, rank=rank, alpha=3))
+
+
+def test_the_rank_of_an_entrywise_product_is_the_square() -> None:
+    model = disturbed(adapted("loha", linear(20, 24), rank=3))
+    assert rank_of(change(model)) == 9
+    assert count(model) == 2 * 3 * 44
+
+
+def test_the_rank_of_a_kronecker_product_is_the_product() -> None:
+    model = disturbed(adapted("lokr", linear(20, 42), rank=2))  # 4 x 5 and 6 x 7
+    first, up, down = (leaves_of(model)[name].detach() for name in ("first", "up", "down"))
+    assert (first.shape, up.shape, down.shape) == ((4, 6), (5, 2), (2, 7))
+    torch.testing.assert_close(change(model), torch.kron(first, up @ down))
+    assert rank_of(change(model)) == 4 * 2
+
+
+@pytest.mark.parametrize(("method", "moving"), [("loha", "up"), ("lokr", "first")])
+def test_at_the_start_one_factor_has_a_gradient(method: str, moving: str) -> None:
+    model, x = adapted(method, rank=1), normal(5, 8)
+    assert torch.equal(model(x), linear()(x))
+    model(x).square().sum().backward()
+    assert {name for name, leaf in leaves_of(model).items() if leaf.grad.any()} == {moving}
+
+
+def test_the_entrywise_change_is_that_of_lycoris() -> None:
+    functional = pytest.importorskip("lycoris.functional.loha")
+    model = disturbed(adapted("loha", linear(20, 24), rank=3, alpha=6.0))
+    leaves = [leaves_of(model)[name].detach() for name in ("down1", "up1", "down", "up")]
+    torch.testing.assert_close(change(model), functional.diff_weight(*leaves, None, None, gamma=2.0))
+
+
+@pytest.mark.parametrize(("rank", "both"), [(1, False), (1, True), (8, False)])
+def test_the_kronecker_change_is_that_of_lycoris(rank: int, both: bool) -> None:
+    functional = pytest.importorskip("lycoris.functional.lokr")
+    model = disturbed(adapted("lokr", linear(20, 42), rank=rank, alpha=2.0 * rank, decompose_both=both))
+    leaves = leaves_of(model)
+    names = ("first", "up1", "down1", "second", "up", "down")
+    given = [leaves[name].detach() if name in leaves else None for name in names]
+    theirs = functional.weight_gen(base(model), rank, tucker=False, decompose_both=both)
+    assert [getattr(w, "shape", None) for w in given] == [getattr(w, "shape", None) for w in theirs[:6]]
+    wanted = functional.diff_weight(*given, None, gamma=2.0 * rank)
+    unscaled = "first" in leaves and "second" in leaves  # there, two full factors are not scaled
+    torch.testing.assert_close(change(model), (2.0 if unscaled else 1.0) * wanted)
