@@ -1,9 +1,11 @@
-"""Rules that open gates: real tokens, the prompt, a row's class, an adapter's region, a classifier."""
+"""Rules that open gates: real tokens, prompts, positions, invocations, classes, regions, a classifier."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from ..errors import InvalidOption
 from ..layers import FirstPass, ModelInputs
 from ..weights import Gate
 from .routing import check_experts
+
+_NEVER = torch.iinfo(torch.int64).max
 
 
 class Real:
@@ -38,6 +42,96 @@ def real_gate(**options: object) -> Real:
 def prompt_gate(**options: object) -> Prompt:
     """Return the gate of the prompt."""
     return Prompt()
+
+
+class Positions:
+    """The gate that is open at the first and last tokens of the prompt.
+
+    Args:
+        first, last: how many tokens at each end.
+    """
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+
+    def compute(self, inputs: ModelInputs) -> Tensor:
+        """Return the gate, (batch, token); closed everywhere once there is a cached prompt."""
+        inside = torch.ones(inputs.batch, inputs.tokens, dtype=torch.bool, device=inputs.device)
+        if inputs.mask is not None and inputs.mask.shape == inside.shape:
+            inside = inputs.mask.bool()
+        if inputs.labels is not None and bool((inputs.labels == -100).any()):
+            inside = inside & ((inputs.labels != -100).cumsum(1) == 0)
+        if inputs.past:
+            return torch.zeros_like(inside)
+        length, order = inside.sum(1, keepdim=True), inside.cumsum(1)
+        half = length // 2
+        first, last = half.clamp_max(self.first), half.clamp_max(self.last)
+        return inside & ((order <= first) | (order > length - last))
+
+
+def positions_gate(*, positions: str, **options: float) -> Positions:
+    """Read positions such as "f7+l7".
+
+    Raises:
+        InvalidOption: the text is of another form.
+    """
+    match = re.fullmatch(r"f(\d+)\+l(\d+)", positions)
+    if match is None:
+        raise InvalidOption(f"reft: positions must read like 'f7+l7', not {positions!r}")
+    return Positions(int(match[1]), int(match[2]))
+
+
+class Invoked:
+    """The gate that opens where the invocation starts and stays open, across calls that share a cache.
+
+    It also reads what the base alone puts into a cache.
+
+    Args:
+        invocation: token ids.
+    """
+
+    remembers = True
+
+    def __init__(self, invocation: Sequence[int]) -> None:
+        self.invocation = tuple(invocation)
+
+    def compute(self, inputs: ModelInputs) -> Tensor:
+        """Return the gate, (batch, token)."""
+        if inputs.ids is None:
+            raise InvalidOption(
+                "alora finds its invocation in input_ids; a model called with inputs_embeds has none"
+            )
+        start = self.start_of(inputs.ids)
+        start = torch.where(start == _NEVER, start, start + inputs.past)
+        name = f"start of {self.invocation}"
+        if name in inputs.kept:
+            start = torch.where(start == _NEVER, inputs.kept[name].to(start.device), start)
+        inputs.kept[name] = start
+        place = inputs.past + torch.arange(inputs.tokens, device=inputs.device)
+        return place[None] >= start[:, None]
+
+    def start_of(self, ids: Tensor) -> Tensor:
+        """Return where the last occurrence in ids (batch, token) starts, (batch,), or the largest integer."""
+        size = len(self.invocation)
+        none = torch.full((ids.shape[0],), _NEVER, device=ids.device)
+        if ids.shape[1] < size:
+            return none
+        hits = (ids.unfold(1, size, 1) == torch.tensor(self.invocation, device=ids.device)).all(-1)
+        place = torch.arange(hits.shape[1], device=ids.device)
+        last = torch.where(hits, place, -1).max(1).values
+        return torch.where(last < 0, none, last)
+
+
+def invocation_gate(*, invocation: Any, **options: float) -> Invoked:
+    """Return the gate of an invocation.
+
+    Raises:
+        InvalidOption: the invocation is empty or holds other things than token ids.
+    """
+    tokens = list(invocation) if isinstance(invocation, Sequence) else []
+    if not tokens or not all(isinstance(token, int) for token in tokens):
+        raise InvalidOption(f"alora needs invocation=(token ids of the invocation), not {invocation!r}")
+    return Invoked(tokens)
 
 
 class Classes:

@@ -137,7 +137,8 @@ class Place:
         """Draw a matrix with orthonormal columns, columns <= rows; zeros where values will be loaded."""
         if self.blank:
             return self.zeros(rows, columns)
-        return torch.linalg.qr(self.normal(name, rows, columns)).Q
+        basis: Tensor = torch.linalg.qr(self.normal(name, rows, columns)).Q
+        return basis
 
     def zeros(self, *shape: int) -> Tensor:
         """Return zeros."""

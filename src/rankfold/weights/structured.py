@@ -388,7 +388,7 @@ class Kronecker(Weight):
             yield from zip(made, kronecker_gradients(x, grad, *(m.detach() for m in made)), strict=True)
 
     def added(self, x: Tensor, base: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor | None:
-        """Return `x @ (base + scale * matrix).T + bias` through the matrix, or None where that does not pay."""
+        """Return `x @ (base + scale matrix).T + bias` through the matrix, or None where that does not pay."""
         forming = self.dense_macs() + math.prod(self.shape)
         if base.dtype != x.dtype or not pays(x, forming, self.macs(LINEAR.tokens(x))):
             return None

@@ -11,71 +11,11 @@ values.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from ...errors import InvalidOption
-from ...layers import ModelInputs
 from ...weights import Gated, Weight
+from ..gating import invocation_gate
 from ..registry import structure
 from ..site import Site
-
-_NEVER = torch.iinfo(torch.int64).max
-
-
-class Invoked:
-    """The gate that opens where the invocation starts and stays open, across calls that share a cache.
-
-    It also reads what the base alone puts into a cache.
-
-    Args:
-        invocation: token ids.
-    """
-
-    remembers = True
-
-    def __init__(self, invocation: Sequence[int]) -> None:
-        self.invocation = tuple(invocation)
-
-    def compute(self, inputs: ModelInputs) -> Tensor:
-        """Return the gate, (batch, token)."""
-        if inputs.ids is None:
-            raise InvalidOption(
-                "alora finds its invocation in input_ids; a model called with inputs_embeds has none"
-            )
-        start = self.start_of(inputs.ids)
-        start = torch.where(start == _NEVER, start, start + inputs.past)
-        name = f"start of {self.invocation}"
-        if name in inputs.kept:
-            start = torch.where(start == _NEVER, inputs.kept[name].to(start.device), start)
-        inputs.kept[name] = start
-        place = inputs.past + torch.arange(inputs.tokens, device=inputs.device)
-        return place[None] >= start[:, None]
-
-    def start_of(self, ids: Tensor) -> Tensor:
-        """Return where the last occurrence in ids (batch, token) starts, (batch,), or the largest integer."""
-        size = len(self.invocation)
-        none = torch.full((ids.shape[0],), _NEVER, device=ids.device)
-        if ids.shape[1] < size:
-            return none
-        hits = (ids.unfold(1, size, 1) == torch.tensor(self.invocation, device=ids.device)).all(-1)
-        place = torch.arange(hits.shape[1], device=ids.device)
-        last = torch.where(hits, place, -1).max(1).values
-        return torch.where(last < 0, none, last)
-
-
-def invocation_gate(*, invocation: Any, **options: float) -> Invoked:
-    """Return the gate of an invocation.
-
-    Raises:
-        InvalidOption: the invocation is empty or holds other things than token ids.
-    """
-    tokens = list(invocation) if isinstance(invocation, Sequence) else []
-    if not tokens or not all(isinstance(token, int) for token in tokens):
-        raise InvalidOption(f"alora needs invocation=(token ids of the invocation), not {invocation!r}")
-    return Invoked(tokens)
 
 
 @structure(

@@ -12,53 +12,16 @@ Deviations: first and last positions share one edit ("tied"); no dropout; of the
 """
 
 import math
-import re
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import InvalidOption, InvalidRank
-from ...layers import Branch, ModelInputs
+from ...errors import InvalidRank
+from ...layers import Branch
 from ...weights import Gates
+from ..gating import positions_gate
 from ..registry import not_base, structure
 from ..site import OutputSite
-
-
-class Positions:
-    """The gate that is open at the first and last tokens of the prompt.
-
-    Args:
-        first, last: how many tokens at each end.
-    """
-
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
-
-    def compute(self, inputs: ModelInputs) -> Tensor:
-        """Return the gate, (batch, token); closed everywhere once there is a cached prompt."""
-        inside = torch.ones(inputs.batch, inputs.tokens, dtype=torch.bool, device=inputs.device)
-        if inputs.mask is not None and inputs.mask.shape == inside.shape:
-            inside = inputs.mask.bool()
-        if inputs.labels is not None and bool((inputs.labels == -100).any()):
-            inside = inside & ((inputs.labels != -100).cumsum(1) == 0)
-        if inputs.past:
-            return torch.zeros_like(inside)
-        length, order = inside.sum(1, keepdim=True), inside.cumsum(1)
-        half = length // 2
-        first, last = half.clamp_max(self.first), half.clamp_max(self.last)
-        return inside & ((order <= first) | (order > length - last))
-
-
-def positions_gate(*, positions: str, **options: float) -> Positions:
-    """Read positions such as "f7+l7".
-
-    Raises:
-        InvalidOption: the text is of another form.
-    """
-    match = re.fullmatch(r"f(\d+)\+l(\d+)", positions)
-    if match is None:
-        raise InvalidOption(f"reft: positions must read like 'f7+l7', not {positions!r}")
-    return Positions(int(match[1]), int(match[2]))
 
 
 class LoReFT(Branch):
