@@ -1,5 +1,6 @@
 """ReMix: constant weights, and a router that learns from losses alone."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -9,7 +10,7 @@ from layers.models import llama
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.errors import InvalidOption, NotAdapted
+from rankfold.errors import Incompatible, InvalidOption, NotAdapted
 from rankfold.layers import NeverRead, require
 from rankfold.methods.routing import log_probability
 from rankfold.weights import Router
@@ -162,6 +163,19 @@ def test_with_a_cache_the_selection_of_the_prompt_stays() -> None:
         assert all(require(model).carrier.gates.kept[name] is chosen for name, chosen in first.items())
         model(ids.flip(1), use_cache=True)
         assert all(require(model).carrier.gates.kept[name] is not chosen for name, chosen in first.items())
+
+
+@pytest.mark.parametrize("per", ["sequence", "token"])
+def test_a_cache_of_an_unknown_prompt_is_refused_where_prompts_are_routed(per: str) -> None:
+    model = rf.adapt(llama(), "remix", rank=2, experts=4, per=per).eval()
+    ids = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        cache = copy.deepcopy(model(ids, use_cache=True).past_key_values)
+        if per == "token":
+            assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
+            return
+        with pytest.raises(Incompatible, match="remix does not know which experts the prompt"):
+            model(ids[:, :1], past_key_values=cache)
 
 
 def test_checkpointing_changes_no_gradient() -> None:

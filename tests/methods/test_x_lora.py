@@ -1,5 +1,6 @@
 """X-LoRA: LoRAs mixed as a classifier of the model's own last hidden states says."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from layers.models import llama, seeded
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.errors import InvalidOption, InvalidRank, UnsupportedLayer
+from rankfold.errors import Incompatible, InvalidOption, InvalidRank, UnsupportedLayer
 from rankfold.layers import require
 
 IDS = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(2))
@@ -108,6 +109,16 @@ def test_a_cache_that_the_model_makes_itself_is_followed() -> None:
         assert cache.get_seq_length() == 6
         last = model(IDS[:, 6:], past_key_values=cache).logits
     torch.testing.assert_close(last[:, 0], full[:, 6], atol=1e-5, rtol=1e-4)
+
+
+def test_a_cache_that_it_has_not_filled_is_refused() -> None:
+    model = with_experts().eval()
+    with torch.no_grad():
+        cache = model(IDS[:, :6], use_cache=True).past_key_values
+        with pytest.raises(
+            Incompatible, match="x-lora 'mixed' does not know what this key-value cache holds"
+        ):
+            model(IDS[:, 6:], past_key_values=copy.deepcopy(cache))
 
 
 def test_the_file_stands_alone(tmp_path: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UnsupportedLayer
+from ..errors import Incompatible, UnsupportedLayer
 from ..weights import Gate
 from .carrier import ModelInputs
 from .targets import blocks
@@ -34,10 +34,16 @@ class FirstPass:
             gate: that the asking rule has in this pass.
 
         Raises:
+            Incompatible: the key-value cache was filled without this pass.
             UnsupportedLayer: the model has neither a base model nor repeated blocks.
         """
         own = inputs.kept.get(self.name)
-        if own is None and inputs.cache is not None:  # a filled one that is unknown counts as the base's
+        if own is None and inputs.past:
+            raise Incompatible(
+                f"the {self.name} does not know what this key-value cache holds; pass a cache that this "
+                "adapter has filled, or none"
+            )
+        if own is None and inputs.cache is not None:
             own = copy.deepcopy(inputs.cache)
             _follow(inputs.cache, own)
         with last_hidden(model) as seen:

@@ -212,7 +212,8 @@ class Classifier:
 
     def own(self, model: nn.Module, adapter: str, shared: Mapping[str, str]) -> None:
         """Take the model and where on it R and b are."""
-        self._root, self._names, self.first_pass = (model,), shared, FirstPass(f"first pass of {adapter}")
+        self._root, self._names = (model,), shared
+        self.first_pass = FirstPass(f"first pass of x-lora {adapter!r}")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute(self, inputs: ModelInputs) -> Gate:

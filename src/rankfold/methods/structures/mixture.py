@@ -12,55 +12,13 @@ be folded. Start: the base, because every B_e is zero (or the starts are subtrac
 Deviations: MoLoRA has no balance loss; `balance=0` leaves it out.
 """
 
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
-from ...errors import Incompatible, InvalidOption
+from ...errors import InvalidOption
 from ...weights import Dense, Experts, Router, Same, Weight
 from ..gating import real_gate
+from ..policies import Softmax
 from ..registry import structure
 from ..routing import check_experts, expert_factors, router_leaf
 from ..site import Site
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """Mixes experts by a softmax of the router's logits.
-
-    Args:
-        top_k: how many are kept, or None for all.
-        balance: weight of the balance loss.
-    """
-
-    top_k: int | None
-    balance: float
-
-    def __call__(self, router: Router, x: Tensor) -> Tensor:
-        """Return the gates of x (batch, ..., in), (batch, ..., expert)."""
-        shares = router.logits(x).softmax(-1)
-        if self.balance and router.training:
-            self._leave(router, shares, x)
-        if self.top_k is None:
-            return shares
-        kept = shares.topk(self.top_k, -1)
-        return torch.zeros_like(shares).scatter(-1, kept.indices, kept.values / kept.values.sum(-1, True))
-
-    def _leave(self, router: Router, shares: Tensor, x: Tensor) -> None:
-        if not torch.is_grad_enabled():
-            if router.gates.recording:
-                raise Incompatible(
-                    f"{router.layer_name}: a mixture's balance loss gets no gradient under reentrant "
-                    "checkpointing; checkpoint with use_reentrant=False, or set balance=0"
-                )
-            return
-        counted = router.counted(x)[..., None]
-        count, experts = counted.sum().clamp_min(1), shares.shape[-1]
-        first = torch.nn.functional.one_hot(shares.argmax(-1), experts) * counted
-        frequency, mean = (part.flatten(0, -2).sum(0) / count for part in (first, shares * counted))
-        loss = self.balance * experts * (frequency * mean).sum()
-        router.gates.collect(router.layer_name, lambda: loss)
 
 
 @structure(

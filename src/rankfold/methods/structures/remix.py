@@ -14,64 +14,17 @@ reading. With a key-value cache the prompt's selection stays; without one all to
 Draws use the global random numbers, as dropout does, so that gradient checkpointing repeats them.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
-
 from ...errors import InvalidOption
 from ...weights import Experts, Router, Weight
 from ..gating import prompt_gate
+from ..policies import Drawn
 from ..registry import structure
 from ..routing import (
     check_experts,
     expert_factors,
-    log_probability,
     router_leaf,
 )
 from ..site import Site
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Draws k experts in training and takes the top k otherwise; `per` is "sequence" or "token"."""
-
-    top_k: int
-    per: str
-    draws: ClassVar[bool] = True
-
-    @torch.no_grad()
-    def __call__(self, router: Router, x: Tensor) -> Tensor:
-        """Return the gates, 1 / k at the chosen experts and 0 elsewhere."""
-        read = self._read(router, x)
-        chosen = self._chosen(router, router.logits(read))
-        if router.training:
-            counted = router.counted(read) if self.per == "token" else 1.0
-            router.gates.draw(
-                router.layer_name,
-                lambda: (log_probability(router.logits(read), chosen) * counted).flatten(1).sum(1),
-            )
-        gates = torch.zeros(*read.shape[:-1], router.shape[0], device=x.device)
-        return gates.scatter_(-1, chosen, 1 / self.top_k)
-
-    def _read(self, router: Router, x: Tensor) -> Tensor:
-        """Return x (batch, token, in), or its mean over the prompt, (batch, 1, in)."""
-        x = x.detach().reshape(x.shape[0], -1, x.shape[-1])
-        if self.per == "token":
-            return x
-        counted = router.counted(x)[..., None].to(x.dtype)
-        return (x * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp_min(1)
-
-    def _chosen(self, router: Router, logits: Tensor) -> Tensor:
-        if router.training:
-            noise = -torch.empty_like(logits).exponential_().log()  # Gumbel: the k largest are such a draw
-            return (logits + noise).topk(self.top_k, -1).indices
-        kept, name = router.gates.kept, router.layer_name
-        if self.per == "token" or not router.gates.past or name not in kept:
-            kept[name] = logits.topk(self.top_k, -1).indices
-        chosen: Tensor = kept[name]
-        return chosen
 
 
 @structure(
