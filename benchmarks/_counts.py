@@ -5,9 +5,13 @@ forward and again before backward, so that forward and the gradient to the input
 factors meet the activations for their own gradients only. Nothing of the size of a weight is kept in between.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import torch
 from _llama import Size
+from torch.utils.flop_counter import FlopCounterMode
+
+from rankfold.weights import Base, Sum, Weight
 
 Own = Callable[[int, int, int, int], int]
 
@@ -66,7 +70,47 @@ def hra(tokens: int, out: int, columns: int, rank: int) -> int:
 OWN: dict[str, Own] = {"lora": lora, "dora": dora, "hira": hira, "gralora": gralora, "vera": vera, "hra": hra}
 
 
-def bound(method: str, rank: int, size: Size) -> float:
-    """Return (floor + the method's own multiply-adds) / floor."""
-    own = size.layers * sum(OWN[method](size.tokens, out, columns, rank) for out, columns in shapes(size))
-    return 1 + own / floor(size)
+def expression(weight: Weight, tokens: int) -> int:
+    """Return the least that an expression costs beside its base, by the orders that any expression has.
+
+    Every factor applied in forward, to the gradient, and once more for its own gradient; the matrix formed,
+    and formed again, with a gradient of its size that goes back through the forming; the change as one pair
+    of factors, where it is of small rank; and what evaluation really does, counted as it runs.
+    """
+    out, columns = weight.shape
+    plain = tokens * out * columns
+    orders = [plain + 4 * weight.dense_macs(), _counted(weight, tokens) - 2 * plain]
+    own = weight.macs(tokens) - plain
+    if own > weight.macs(0):  # some of it depends on the tokens, so it is not only a matrix that is formed
+        orders.append(3 * own)
+    if isinstance(weight, Sum):
+        ranks = [term.small_rank() for term in weight.terms if not isinstance(term, Base)]
+        orders += [lora(tokens, out, columns, sum(map(int, filter(None, ranks))))] * all(ranks)
+    return max(0, min(orders))
+
+
+def _counted(weight: Weight, tokens: int) -> int:
+    x = torch.randn(tokens, weight.shape[1], requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        weight(x).sum().backward()
+    weight.zero_grad()
+    return int(counter.get_total_flops()) // 2
+
+
+def bound(method: str, rank: int | None, size: Size, weights: Iterable[Weight]) -> float:
+    """Return (floor + the method's own multiply-adds) / floor.
+
+    Args:
+        method: of the catalogue.
+        rank: what it was given.
+        size: of the model.
+        weights: the expressions of one layer.
+    """
+    total = 0
+    for weight in weights:
+        orders = [expression(weight, size.tokens)]
+        if method in OWN and rank is not None:
+            out, columns = weight.shape
+            orders.append(OWN[method](size.tokens, out, columns, rank))
+        total += min(orders)
+    return 1 + size.layers * total / floor(size)

@@ -1,7 +1,6 @@
 """The model that is measured, rankfold's and peft's adapters on it, and one training step."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +36,7 @@ class Size:
         )
 
 
+SMALL = Size(layers=2, vocabulary=2048)
 QUICK = Size(hidden=64, intermediate=96, layers=2, heads=4, vocabulary=128, batch=2, length=16)
 
 
@@ -85,24 +85,6 @@ def training_step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[]
     return step
 
 
-def ours(model: nn.Module, method: str, rank: int, **options: Any) -> nn.Module:
-    return rf.adapt(copy_of(model), method, rank=rank, **options).train()
-
-
-def theirs(model: nn.Module, method: str, rank: int, **options: Any) -> nn.Module:
-    import peft
-
-    configs: dict[str, Callable[..., Any]] = {
-        "lora": lambda **o: peft.LoraConfig(r=rank, lora_alpha=rank, **o),
-        "dora": lambda **o: peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=True, **o),
-        "hira": lambda **o: peft.HiraConfig(r=rank, **o),
-        "gralora": lambda **o: peft.GraloraConfig(r=rank, gralora_k=2, hybrid_r=0, **o),
-        "vera": lambda **o: peft.VeraConfig(r=rank, save_projection=False, **o),
-        "hra": lambda **o: peft.HRAConfig(r=rank, **o),
-    }
-    if "dropout" in options:
-        options["lora_dropout"] = options.pop("dropout")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = configs[method](target_modules=list(LINEARS), **options)
-        return peft.get_peft_model(copy_of(model), config).train()
+def ours(model: nn.Module, method: str, rank: int | None, options: dict[str, Any]) -> nn.Module:
+    """Adapt a copy with rankfold."""
+    return rf.adapt(copy_of(model), rf.Recipe((method, options)), rank=rank).train()

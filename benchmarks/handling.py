@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _llama import LINEARS, QUICK, Size, build, copy_of, ours, theirs
+from _llama import LINEARS, QUICK, Size, build, copy_of, ours
 from _measure import Step, cpu_seconds, paired_ratios, print_header
+from _peers import peft_model
 from torch import nn
 
 import rankfold as rf
@@ -102,8 +103,8 @@ def generating(rounds: int, quick: bool) -> Ratios:
     base, tokens = build(size), 4 if quick else 24
     steps: dict[str, Step] = {}
     for method in ("lora", "dora"):
-        for library, make in (("rankfold", ours), ("peft", theirs)):
-            steps[f"generate, {method}, {library} / base"] = _generation(make(base, method, 16), tokens)
+        for library, make in (("rankfold", ours), ("peft", peft_model)):
+            steps[f"generate, {method}, {library} / base"] = _generation(make(base, method, 16, {}), tokens)
     return paired_ratios(_generation(copy_of(base), tokens), steps, 3 * rounds)
 
 
