@@ -11,6 +11,7 @@ from battery import Check, check_method
 from torch import Tensor, nn
 
 import rankfold as rf
+from rankfold import catalogue
 from rankfold.methods import registry
 from rankfold.methods.registry import near_base, structure
 from rankfold.methods.site import Site
@@ -82,10 +83,10 @@ def test_options_do_not_break_a_promise(check: Check) -> None:
 @pytest.fixture(autouse=True)
 def _catalogue() -> Iterator[None]:
     """What a test registers is forgotten after it."""
-    before = dict(registry._METHODS)
+    before = dict(catalogue._METHODS)
     yield
-    registry._METHODS.clear()
-    registry._METHODS.update(before)
+    catalogue._METHODS.clear()
+    catalogue._METHODS.update(before)
 
 
 def enter(build: Callable[..., Weight], **about: Any) -> None:

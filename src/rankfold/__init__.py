@@ -1,6 +1,6 @@
 """Rankfold: low-rank learning in PyTorch. Every weight is an expression."""
 
-from . import errors, weights
+from . import errors, optim, weights
 from .errors import RankfoldError
 from .formats import Report, export
 from .layers import (
@@ -59,6 +59,7 @@ __all__ = [
     "gate_inputs",
     "load",
     "methods",
+    "optim",
     "param_groups",
     "parse_point",
     "plan",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rankfold.methods import registry
+from rankfold import catalogue
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "```python" in page.read_text(encoding="utf-8")]
@@ -28,8 +28,8 @@ def code_of(text: str) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    registry.load_all()
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))  # pages register methods of their own
+    catalogue.load_all()
+    monkeypatch.setattr(catalogue, "_METHODS", dict(catalogue._METHODS))  # pages register methods
     script = tmp_path / f"{page.stem}.py"
     script.write_text(code_of(page.read_text(encoding="utf-8")), encoding="utf-8")
     runpy.run_path(str(script))

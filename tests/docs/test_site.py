@@ -17,6 +17,7 @@ import pytest
 import reference_pages
 
 import rankfold as rf
+from rankfold import catalogue
 from rankfold.methods import registry, space
 from rankfold.methods.registry import structure
 
@@ -111,7 +112,7 @@ def test_the_reference_has_every_public_name():
 
 
 def test_a_method_that_cannot_be_exampled_is_named(monkeypatch):
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(catalogue, "_METHODS", dict(catalogue._METHODS))
 
     @structure("demanding", title="None", year=2024, formula="W = W0")
     def demanding(site, rank, *, regions: tuple[int, ...] = ()):
@@ -122,7 +123,7 @@ def test_a_method_that_cannot_be_exampled_is_named(monkeypatch):
 
 
 def test_a_method_is_exampled_with_what_its_registration_gives(monkeypatch):
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(catalogue, "_METHODS", dict(catalogue._METHODS))
 
     @structure("demanding", title="None", year=2024, formula="W = W0", example={"regions": (1, 2)})
     def demanding(site, rank, *, regions: tuple[int, ...] = ()):

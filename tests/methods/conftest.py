@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from rankfold.methods import registry
+from rankfold import catalogue
 
 
 @pytest.fixture
 def clean() -> Iterator[None]:
     """Forget what a test registers."""
-    registry.load_all()
-    known = dict(registry._METHODS)
+    catalogue.load_all()
+    known = dict(catalogue._METHODS)
     yield
-    registry._METHODS.clear()
-    registry._METHODS.update(known)
+    catalogue._METHODS.clear()
+    catalogue._METHODS.update(known)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 import rankfold as rf
 from rankfold.errors import InvalidOption
@@ -68,7 +68,7 @@ def _of_axis(found: list[Any], axis: str | None) -> list[Any]:
 
 
 def _table(found: list[Any]) -> Table:
-    table = Table("method", "axis", "year", "formula", "title", box=None, pad_edge=False)
+    table = Table(Column("method", no_wrap=True), "axis", "year", "formula", "title", box=None, pad_edge=False)
     for method in found:
         row = (method.name, method.axis, str(method.year), method.formula, method.title)
         table.add_row(*map(escape, row))
