@@ -188,15 +188,31 @@ class ProjectedOptimizer(Optimizer):
             self._subtract(work, correction * inner)
             return
         basis = _basis(state)
+        left = _is_left(group, _matrix_shape(work.parameter))
+        if self._adds_in_place(work):
+            factor_up = -group["lr"] * group["scale"] * correction
+            weight = work.parameter.view(len(work.parameter), -1)
+            if group["weight_decay"]:
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+            self.projector.add_up(weight, inner, basis, oriented, factor_up, left)
+            self._moved(group, state, basis, oriented)
+            return
         direction = group["scale"] * correction * self.projector.up(inner, basis, oriented)
         if not self.residual.drops:
             rest = oriented - self.projector.up(low, basis, oriented)
             more = self.residual.direction(rest, low, inner, correction, state, step)
             direction = direction if more is None else direction + more
+        self._moved(group, state, basis, oriented)
+        self._subtract(work, (direction if left else direction.T).reshape(work.parameter.shape))
+
+    def _adds_in_place(self, work: _Work) -> bool:
+        """Whether what comes back from the low rank can be added to the weight without being formed."""
+        full = work.parameter.dtype in (torch.float32, torch.float64)
+        return self.residual.drops and full and work.parameter.is_contiguous()
+
+    def _moved(self, group: dict[str, Any], state: dict[str, Any], basis: Kept, oriented: Tensor) -> None:
         self.projector.stepped(oriented, basis, group["lr"] / (group["initial_lr"] or 1.0))
         _keep(state, basis)
-        left = _is_left(group, _matrix_shape(work.parameter))
-        self._subtract(work, (direction if left else direction.T).reshape(work.parameter.shape))
 
     def _subtract(self, work: _Work, direction: Tensor) -> None:
         group, parameter, state = work.group, work.parameter, self.state[work.parameter]

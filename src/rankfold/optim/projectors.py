@@ -45,6 +45,13 @@ class Projector:
         """Return P N, (d, n)."""
         return self.matrix(kept, like) @ inner
 
+    def add_up(
+        self, weight: Tensor, inner: Tensor, kept: Kept, like: Tensor, factor: float, left: bool
+    ) -> None:
+        """Add `factor * up(inner)` to a weight in place: (d, n) where left, else its transpose (n, d)."""
+        basis = self.matrix(kept, like)
+        weight.addmm_(*((basis, inner) if left else (inner.T, basis.T)), alpha=factor)
+
     def stepped(self, gradient: Tensor, kept: Kept, share: float) -> None:
         """Act after `up`; share is the learning rate over the one at the beginning."""
 
@@ -139,6 +146,13 @@ class Coordinates(Projector):
     def up(self, inner: Tensor, kept: Kept, like: Tensor) -> Tensor:
         """Put the rows back, (d, n)."""
         return torch.zeros_like(like).index_copy_(0, kept["indices"].long(), inner)
+
+    def add_up(
+        self, weight: Tensor, inner: Tensor, kept: Kept, like: Tensor, factor: float, left: bool
+    ) -> None:
+        """Add to the chosen rows or columns alone."""
+        added = inner if left else inner.T
+        weight.index_add_(0 if left else 1, kept["indices"].long(), added, alpha=factor)
 
 
 @lru_cache(maxsize=32)
