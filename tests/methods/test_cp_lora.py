@@ -46,6 +46,13 @@ def test_at_the_start_only_the_output_factor_is_zero_and_only_it_has_a_gradient(
     assert empty == moved == ["out"]
 
 
+def test_the_other_factors_start_uniform_by_their_rows() -> None:
+    leaves = leaves_of(adapted("cp-lora", convolution(6, 64, (5, 4)), rank=100))
+    for name, size in (("in", 64), ("window1", 5), ("window2", 4)):
+        assert leaves[name].shape == (size, 100)
+        assert 0.97 / size**0.5 < leaves[name].abs().max() <= 1 / size**0.5
+
+
 @pytest.mark.parametrize("method", NORMALISED)
 def test_every_output_channel_has_the_length_of_its_magnitude(method: str) -> None:
     model = adapted(method, convolution(), rank=2)

@@ -12,12 +12,14 @@ from methods._layers import (
     convolution,
     count,
     disturbed,
+    expression_of,
     leaves_of,
     linear,
     normal,
     rank_of,
 )  # fmt: skip
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from rankfold.errors import InvalidOption
 
@@ -93,6 +95,18 @@ def test_factors_are_kaiming_normal() -> None:
     leaves = leaves_of(adapted("flora-tucker", linear(300, 400), rank=20))
     for name in ("out", "in"):
         assert leaves[name].std().item() == pytest.approx(math.sqrt(0.5 / 20), rel=0.05)
+
+
+def test_a_kernel_is_applied_as_two_mixes_of_channels_around_a_small_kernel() -> None:
+    model = nn.Sequential(nn.Conv2d(12, 16, 3, padding=1)).double()
+    adapted("flora-tucker", model, rank=3, window_rank=2)
+    with FlopCounterMode(display=False) as counter:
+        model(normal(2, 12, 7, 7))
+    tokens = 2 * 7 * 7
+    change = 12 * 3 + 3 * 3 * 9 + 3 * 16
+    making = 3 * 3 * 2 * 3 * 2 + 3 * 3 * 3 * 2 * 3  # the kernel, one window axis after the other
+    assert counter.get_total_flops() == 2 * (tokens * (12 * 16 * 9 + change) + making)
+    assert expression_of(model).macs(tokens) == tokens * (12 * 16 * 9 + change)
 
 
 def test_a_group_of_channels_is_the_input_mode_of_a_grouped_kernel() -> None:

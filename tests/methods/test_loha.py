@@ -66,6 +66,25 @@ def test_at_the_start_one_factor_has_a_gradient(method: str, moving: str) -> Non
     assert {name for name, leaf in leaves_of(model).items() if leaf.grad.any()} == {moving}
 
 
+def _is_kaiming(leaf: Tensor) -> bool:
+    bound = leaf.shape[1] ** -0.5
+    return bool(0.97 * bound < leaf.abs().max() <= bound)
+
+
+def test_all_factors_but_one_start_uniform_by_their_columns() -> None:
+    loha = leaves_of(adapted("loha", linear(60, 80), rank=20))
+    assert {name for name, leaf in loha.items() if _is_kaiming(leaf)} == {"up1", "down1", "down"}
+    assert {name for name, leaf in loha.items() if not leaf.any()} == {"up"}
+    lokr = leaves_of(adapted("lokr", linear(400, 900), rank=4, decompose_both=True))
+    assert {name for name, leaf in lokr.items() if _is_kaiming(leaf)} == {"down1", "up", "down"}
+    assert {name for name, leaf in lokr.items() if not leaf.any()} == {"up1"}
+
+
+@pytest.mark.parametrize(("rank", "names"), [(4, {"first", "up", "down"}), (5, {"first", "second"})])
+def test_a_rank_of_half_the_longer_side_takes_a_full_matrix(rank: int, names: set[str]) -> None:
+    assert set(leaves_of(adapted("lokr", linear(100, 90), rank=rank))) == names  # 10 x 9 and 10 x 10
+
+
 def test_the_entrywise_change_is_that_of_lycoris() -> None:
     functional = pytest.importorskip("lycoris.functional.loha")
     model = disturbed(adapted("loha", linear(20, 24), rank=3, alpha=6.0))

@@ -65,6 +65,30 @@ def test_a_private_shard_gets_its_gradient_from_its_layer_alone() -> None:
     assert touched[16:].nonzero().flatten().tolist() == list(range(8, 12))
 
 
+def test_the_pools_start_like_loras_factors_with_the_fan_in_of_a_whole_row() -> None:
+    model = nn.Sequential(*(nn.ModuleDict({"proj": nn.Linear(400, 100)}) for _ in range(3))).double()
+    rf.adapt(model, "mos", rank=8)
+    assert pool(model, "down").shape == (2 * 3 * 4, 100)
+    assert 0.99 / 20 < pool(model, "down").abs().max() <= 1 / 20
+    assert not pool(model, "up").any()
+    x = normal(5, 400)
+    assert torch.equal(model[1]["proj"](x), nn.functional.linear(x, *model[1]["proj"].parameters()))  # type: ignore[index,operator]
+
+
+def test_a_public_shard_gets_the_sum_of_what_reaches_it_through_all_layers_and_places() -> None:
+    model, x = mos(), normal(5, 12)
+    expected = torch.zeros_like(pool(model, "down"))
+    for k in range(4):
+        read = leaf(model, k, "down")
+        value = read.tensor().detach().requires_grad_()
+        up = leaf(model, k, "up").tensor().detach()
+        (x @ value.T @ up).square().sum().backward()
+        expected.index_add_(0, read.index.flatten(), value.grad.view(-1, 3))  # type: ignore[union-attr]
+        y = model[k]["proj"](x) - nn.functional.linear(x, *model[k]["proj"].parameters())  # type: ignore[index,operator]
+        y.square().sum().backward()
+    torch.testing.assert_close(pool(model, "down").grad, expected)
+
+
 def test_all_private_is_a_pair_of_factors_per_layer() -> None:
     model = mos(rank=2, budget=2, private=2, shards=1)
     assert leaf(model, 3, "down").index.flatten().tolist() == [6, 7]

@@ -57,6 +57,14 @@ def test_at_the_start_only_the_last_core_is_zero_and_only_it_has_a_gradient() ->
     assert moved == empty == ["core4"]
 
 
+def test_a_core_starts_with_a_variance_of_one_over_the_bond_before_it() -> None:
+    leaves = leaves_of(adapted("mps", linear(2**7, 2**7), rank=32))
+    inner = [core for core in leaves.values() if core.numel() >= 1024 and core.any()]
+    assert len(inner) == 6
+    for core in inner:
+        assert core.std().item() == pytest.approx(core.shape[0] ** -0.5, rel=0.08)
+
+
 @pytest.mark.parametrize(
     ("size", "digits"), [(1, [1]), (2, [2]), (12, [3, 2, 2]), (97, [97]), (768, [3] + [2] * 8), (25, [5, 5])]
 )

@@ -12,6 +12,7 @@ from methods._layers import (
     change,
     count,
     disturbed,
+    expression_of,
     leaves_of,
     linear,
     normal,
@@ -21,6 +22,9 @@ from methods._layers import (
 from methods._peft import DTYPES, Host, assert_parity, twins
 from peft import RandLoraConfig
 from torch import Tensor, nn
+
+import rankfold as rf
+from rankfold.weights import RandomMixture
 
 
 def bases(model: nn.Module) -> dict[str, Tensor]:
@@ -72,6 +76,27 @@ def test_only_the_inner_diagonals_have_a_gradient_at_the_start() -> None:
     assert not leaves_of(model)["outer"].grad.any()
 
 
+def test_the_outer_diagonals_start_at_one_over_their_longer_side_and_the_bases_have_deviation_one() -> None:
+    model = adapted("randlora", linear(30, 40), rank=4)
+    outer = leaves_of(model)["outer"].detach()
+    torch.testing.assert_close(outer, torch.full((8, 30), 1 / 30, dtype=torch.float64))
+    assert all(found.std().item() == pytest.approx(1) for found in bases(model).values())
+
+
+def test_layers_share_the_bases_cut_to_their_sides() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 6)).double()
+    rf.adapt(model, "randlora", rank=4)
+    assert {name: t.shape for name, t in bases(model).items()} == {"down": (4, 8), "up": (12, 2, 4)}
+    for path in ("0", "1"):
+        disturbed(model)
+        large, small = max(base(model, path).shape), min(base(model, path).shape)
+        up, down = bases(model)["up"][:large, : -(-small // 4)], bases(model)["down"][:, :small]
+        inner, outer = (leaves_of(model, path)[name].detach() for name in ("inner", "outer"))
+        expected = 20 * torch.einsum("Mnk,nk,km,nm->Mm", up, inner, down, outer)
+        moved = change(model, path)
+        torch.testing.assert_close(moved, expected if moved.shape[0] == large else expected.T)
+
+
 def test_sparse_bases_have_one_entry_in_three() -> None:
     found = bases(adapted("randlora", linear(60, 60), rank=4, sparse=3))["up"]
     assert (found != 0).double().mean().item() == pytest.approx(1 / 3, abs=0.05)
@@ -85,18 +110,45 @@ def test_nolas_numbers_do_not_depend_on_the_rank_or_the_weight(rank: int) -> Non
     assert rank_of(change(model)) == rank
 
 
+def test_nola_starts_with_zero_coefficients_of_which_those_of_the_up_factor_alone_have_a_gradient() -> None:
+    model, x = adapted("nola", linear(30, 40), rank=8, count=50), normal(5, 40)
+    assert torch.equal(model(x), linear(30, 40)(x))
+    backward(model, x)
+    up, down = (leaves_of(model)[f"{end}.coefficients"] for end in ("up", "down"))
+    assert not up.any()
+    assert not down.any()
+    assert up.grad.any()
+    assert not down.grad.any()
+
+
+@pytest.mark.parametrize("end", ["up", "down"])
+def test_nolas_random_matrices_are_uniform_by_their_number_and_the_fixed_one_by_the_fan_in(end: str) -> None:
+    model = adapted("nola", linear(300, 400), rank=8, count=25)
+    leaf = next(m for m in expression_of(model).modules() if isinstance(m, RandomMixture) and m.name == end)
+    fixed = leaf.tensor().detach().clone()
+    if end == "up":
+        assert not fixed.any()
+    else:
+        assert 0.99 / 400**0.5 < fixed.abs().max() <= 1 / 400**0.5
+    leaves_of(model)[f"{end}.coefficients"].data[3] = 1
+    one = leaf.tensor().detach() - fixed
+    assert 0.99 / 5 < one.abs().max() <= 1 / 5
+    assert one.std().item() == pytest.approx(1 / 5 / 3**0.5, rel=0.05)
+
+
 def test_nolas_gradient_is_that_of_the_mixture_and_the_global_generator_stays() -> None:
     model, x = disturbed(adapted("nola", rank=2, count=5)), normal(5, 8)
     before = torch.get_rng_state()
     dense = backward(model, x)
     assert torch.equal(torch.get_rng_state(), before)
-    up = leaves_of(model)["up.coefficients"]
-    for i in range(5):  # the change is linear in these
-        saved = up.data.clone()
-        up.data[i] += 1
-        more = change(model)
-        up.data = saved
-        torch.testing.assert_close(up.grad[i], (dense * (more - change(model))).sum())
+    for end in ("up", "down"):
+        coefficients = leaves_of(model)[f"{end}.coefficients"]
+        for i in range(5):  # the change is linear in these
+            saved = coefficients.data.clone()
+            coefficients.data[i] += 1
+            more = change(model)
+            coefficients.data = saved
+            torch.testing.assert_close(coefficients.grad[i], (dense * (more - change(model))).sum())
 
 
 def test_frozen_a_is_projected_fine_tuning() -> None:

@@ -50,6 +50,15 @@ def test_folding_is_exact() -> None:
         torch.testing.assert_close(layer["proj"](x), output)
 
 
+def test_every_pair_starts_as_loras() -> None:
+    model = nn.Sequential(*(nn.ModuleDict({"proj": nn.Linear(400, 8)}) for _ in range(2))).double()
+    rf.adapt(model, "reslora", rank=4)
+    for up, down in (pair(model, i) for i in range(2)):
+        assert not up.any()
+        assert 0.99 / 20 < down.abs().max() <= 1 / 20
+    assert not torch.equal(pair(model, 0)[1], pair(model, 1)[1])
+
+
 def test_another_shape_begins_another_chain() -> None:
     model = nn.Sequential(*(nn.ModuleDict({"proj": nn.Linear(8, n)}) for n in (8, 6, 8))).double()
     disturbed(rf.adapt(model, rf.Recipe(("reslora", {"previous": 1})), rank=2))

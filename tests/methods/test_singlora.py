@@ -43,6 +43,12 @@ def test_the_gradient_is_that_of_the_factor_against_its_own_rows(out: int, colum
     assert count(model) == 2 * max(out, columns)
 
 
+def test_the_factor_starts_with_a_variance_of_one_over_its_rows() -> None:
+    factor = leaves_of(adapted("singlora", linear(40, 400), rank=10))["factor"]
+    assert factor.shape == (400, 10)
+    assert factor.std().item() == pytest.approx(1 / 400**0.5, rel=0.05)
+
+
 def test_before_the_first_step_of_the_ramp_both_the_change_and_its_gradient_are_zero() -> None:
     model, x = adapted("singlora", rank=2), normal(5, 8)
     assert leaves_of(model)["ramp"] == pytest.approx(1 / 1000)

@@ -102,6 +102,18 @@ def test_a_tucker_map_on_a_convolution_is_the_convolution_with_its_kernel() -> N
     assert close(expression(x, bias, op), wanted)
 
 
+def test_a_tucker_map_is_one_small_pair_unless_it_is_a_kernel() -> None:
+    kernel, _ = _tucker_of_a_kernel()
+    assert kernel.small_rank() is None
+    assert kernel.factored() is None
+    core, up, down = normal(2, 3), normal(5, 2, seed=1), normal(7, 3, seed=2)
+    matrix = w.Tucker(trained(core, "core"), [trained(up, "out"), trained(down, "in")])
+    pair = matrix.factored()
+    assert pair is not None
+    assert matrix.small_rank() == pair[0].shape[1] == 2
+    assert close(pair[0] @ pair[1], matrix.dense())
+
+
 def test_a_tensor_train_is_the_contraction_of_its_cores() -> None:
     shapes = [(1, 2, 3), (3, 3, 2), (2, 4, 3), (3, 2, 1)]
     tensors = [normal(*shape, seed=i) for i, shape in enumerate(shapes)]

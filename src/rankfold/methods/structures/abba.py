@@ -4,7 +4,8 @@
 
 Singhal et al. 2025. B1, B2 in R^{out x r}, A1, A2 in R^{r x in} are all trained, nothing is subtracted from
 W0. Applied through the Khatri-Rao product of the factors, rank r^2, or through the matrix where that costs
-less. As in the official code r = 32 and s = alpha = r (there sqrt(alpha1 alpha2)). Start: the base, exactly.
+less. As in the official code r = 32 and s = alpha = r (there sqrt(alpha1 alpha2)). Weight decay shrinks B1
+and A1, which start large. Start: the base, exactly.
 
 Deviations: both products have one rank, as in all of the paper's runs; the decomposition is exact, not
 randomised.

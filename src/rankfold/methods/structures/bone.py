@@ -26,7 +26,8 @@ def largest_shard(shape: tuple[int, int]) -> int:
 @structure(
     "bone",
     stage="modulate",
-    title="Bone: Block-Affine Adaptation of Large Language Models",
+    title="Bone: Block Affine Transformation as Parameter Efficient Fine-tuning Methods for Large "
+    "Language Models",
     year=2024,
     arxiv="2409.15371",
     code="JL-er/Bone",

@@ -3,12 +3,13 @@
     training   y = W0 x + s B (m . A x),   m ~ Bernoulli(1 - p) / (1 - p) in R^r;      W = W0 + s B A,
     s = alpha / r
 
-Zhang et al. 2025. The official code draws m anew for every token, as the default does here; with
+Zhang 2025. The official code draws m anew for every token, as the default does here; with
 together=True one m serves all tokens of a call, as the paper's text says, and the rows of A and columns of
 B that are off get no gradient in that step. The output is linear in m, so its mean is that of LoRA. r = 32
 (of 32 and 64), alpha = 2 r and p = 0.5 are the paper's. Start: the base, exactly.
 
-Deviations: the learned mask of the code's `dynamic_pruning` is left out; a start that is subtracted is not
+Deviations: no dropout of the input by default, where the paper's runs use 0.05; the learned mask of the
+code's `dynamic_pruning` is left out; a start that is subtracted is not
 thinned. An embedding and an attention's own weights are read without an input between the factors, and are
 refused.
 """

@@ -8,15 +8,16 @@ its example's. On a convolution the change is a 1x1 mix to r channels, a small k
 Start: the base, exactly.
 
 Deviations: s = alpha / r as in the authors' later library, 1 by default; one rank for both channel modes; an
-embedding is a matrix like any other, where the original repository adds one vector to every row.
+embedding is a matrix like any other, where the original repository adds one vector to every row; no dropout
+by default, where its example has 0.01.
 
 Use it on convolutions, whose window it keeps apart from the channels.
 """
 
 import math
 
-from ...errors import InvalidOption
-from ...weights import Tucker, Weight
+from ...weights import Dropped, Tucker, Weight
+from ..limits import in_range
 from ..registry import structure
 from ..site import Site
 
@@ -31,7 +32,9 @@ from ..site import Site
     limit=None,
     sides=True,
 )
-def flora_tucker(site: Site, rank: int, *, window_rank: int = 2, alpha: float | None = None) -> Weight:
+def flora_tucker(
+    site: Site, rank: int, *, window_rank: int = 2, alpha: float | None = None, dropout: float = 0.0
+) -> Weight:
     """Return W0 plus the Tucker change; a rank above a mode's size is that size.
 
     Args:
@@ -39,9 +42,10 @@ def flora_tucker(site: Site, rank: int, *, window_rank: int = 2, alpha: float | 
         rank: of the two channel modes.
         window_rank: of every window mode of a convolution.
         alpha: numerator of the scaling; the rank by default.
+        dropout: probability, in [0, 1), of dropping an input entry of the change while training.
     """
-    if window_rank < 1:
-        raise InvalidOption(f"flora-tucker: window_rank must be at least 1, not {window_rank}")
+    in_range("flora-tucker", "[1, inf)", window_rank=window_rank)
+    in_range("flora-tucker", "[0, 1)", dropout=dropout)
     sizes = (site.shape[0], site.shape[1] // math.prod(site.window), *site.window)
     ranks = [min(rank, size) for size in sizes[:2]] + [min(window_rank, size) for size in sizes[2:]]
     names = ("out", "in", "window1", "window2", "window3")
@@ -49,4 +53,5 @@ def flora_tucker(site: Site, rank: int, *, window_rank: int = 2, alpha: float | 
         site.trained(site.normal(name, size, mode, std=math.sqrt(0.5 / mode)), name)
         for name, size, mode in zip(names, sizes, ranks, strict=False)
     ]
-    return site.base + site.scaling(alpha, rank) * Tucker(site.trained(site.zeros(*ranks), "core"), factors)
+    change = site.scaling(alpha, rank) * Tucker(site.trained(site.zeros(*ranks), "core"), factors)
+    return site.base + (Dropped(change, dropout) if dropout else change)

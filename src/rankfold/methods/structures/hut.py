@@ -3,11 +3,11 @@
     W = W0 . (U V),   U in R^{out x r}, V in R^{r x in},   U V = 1 at the start
 
 Zhang et al. 2024. The same expression as HiRA's, W0 . (1 + change), with another start: the change is U V
-minus its start, the ones. So both factors have a gradient at the first step, (G . W0) V^T and U^T (G . W0),
-and weight decay of a copy of the start is not needed for the base to be kept. Zeros of W0 stay zero. At rank
-1 the map is diag(u) W0 diag(v), in + out multiply-adds a token beside the base's; for many tokens the matrix
-is formed, and both gradients are read off the output and the input's gradient. Start: the base, up to
-rounding.
+minus its start, the ones. So both factors have a gradient at the first step, (G . W0) V^T and U^T (G . W0).
+Weight decay of U and V pulls the weight to zero and not to the base: above rank 1, where `param_groups` lets
+them decay as matrices, leave it off or take the residual form. Zeros of W0 stay zero. At rank 1 the map is
+diag(u) W0 diag(v), in + out multiply-adds a token beside the base's; for many tokens the matrix is formed,
+and both gradients are read off the output and the input's gradient. Start: the base, up to rounding.
 
 Deviations: the abstract gives the product and the direct form; the start and the default rank 8 are this
 package's choice. `init=kaiming` gives the residual form, which is HiRA's.

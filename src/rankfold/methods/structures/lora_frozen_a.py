@@ -7,7 +7,8 @@ Zhu et al. 2024 find that B matters more than A. One SGD step moves W by -lr s^2
 A0^T A0: full fine-tuning, projected. Rank 8 and alpha = 2 r are the paper's. A0 is the Q factor of a normal
 matrix drawn from the seed. Start: the base, exactly.
 
-Deviation: the mirror image (B0 frozen, A trained), which the paper compares with, is left out.
+Deviation: what the paper compares with, the mirror image (B0 frozen, A trained) and an A0 of singular vectors
+or Kaiming's, is left out.
 """
 
 from ...weights import Weight

@@ -11,7 +11,8 @@ D has a gradient.
 Deviation: the form "mini", which repeats D along the output too, is left out.
 """
 
-from ...weights import Repeated, Weight
+from ...weights import Dropped, Repeated, Weight
+from ..limits import in_range
 from ..registry import structure
 from ..site import Site
 
@@ -25,6 +26,8 @@ from ..site import Site
     formula="W = W0 + D [I_r I_r ...]",
     rank=64,
 )
-def miss(site: Site, rank: int) -> Weight:
-    """Return W0 + D [I_r I_r ...]."""
-    return site.base + Repeated(site.trained(site.zeros(site.shape[0], rank), "shard"), site.shape[1])
+def miss(site: Site, rank: int, *, dropout: float = 0.0) -> Weight:
+    """Return W0 + D [I_r I_r ...]; dropout in [0, 1) acts on the input before its shards are added."""
+    in_range("miss", "[0, 1)", dropout=dropout)
+    change = Repeated(site.trained(site.zeros(site.shape[0], rank), "shard"), site.shape[1])
+    return site.base + (Dropped(change, dropout) if dropout else change)

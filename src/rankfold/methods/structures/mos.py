@@ -11,7 +11,8 @@ e = 2, p = 1, l = 4 and alpha = 16 are within the paper's ranges. Start: PA unif
 PB = 0, the base, exactly.
 
 Deviations: where l does not divide a side, its largest smaller divisor is taken there; where a layer asks
-for more public shards than there are, a second permutation is begun, and a shard may come twice.
+for more public shards than there are, a second permutation is begun, and a shard may come twice; no
+dropout by default, where the paper's runs use 0.1.
 """
 
 import math
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidOption
-from ...weights import Weight
+from ...weights import Dropped, Weight
+from ..limits import in_range
 from ..registry import structure
 from ..site import Planned, Site, derived_seed
 
@@ -47,13 +49,12 @@ def chosen(public: int, wanted: int, generator: torch.Generator) -> Tensor:
 
 def shared_shards(
     sites: Mapping[str, Site], ranks: Mapping[str, int], *, seed: int, budget: int, private: int, shards: int,
-    **options: float,
+    dropout: float, **options: float,
 ) -> Planned:  # fmt: skip
     """Draw one pool per kind and end, and every layer's indices."""
-    if shards < 1 or not 0 <= private <= budget or budget < 1:
-        raise InvalidOption(
-            f"mos needs shards >= 1 and 0 <= private <= budget, not {shards}, {private} and {budget}"
-        )
+    in_range("mos", "[1, inf)", shards=shards, budget=budget)
+    in_range("mos", f"[0, {budget}]", private=private)
+    in_range("mos", "[0, 1)", dropout=dropout)
     shared: dict[str, Tensor] = {}
     dealt: dict[str, dict[str, Tensor]] = {path: {} for path in sites}
     for number, paths in enumerate(kinds(sites)):
@@ -95,8 +96,9 @@ def _check_rank(path: str, rank: int, budget: int, private: int) -> None:
     plan=shared_shards,
 )
 def mos(
-    site: Site, rank: int, *, alpha: float | None = None, budget: int = 2, private: int = 1, shards: int = 4
-) -> Weight:
+    site: Site, rank: int, *, alpha: float | None = None, budget: int = 2, private: int = 1, shards: int = 4,
+    dropout: float = 0.0,
+) -> Weight:  # fmt: skip
     """Return W0 + s B A put together from shards.
 
     Args:
@@ -106,6 +108,7 @@ def mos(
         budget: e, the rank of LoRA with as many numbers.
         private: p, how many of the r rows are made of shards that no other layer reads.
         shards: l, per row.
+        dropout: probability, in [0, 1), of dropping an input entry of the change while training.
     """
     kind = int(site.planned["kind"])
 
@@ -113,4 +116,5 @@ def mos(
         return site.pooled(f"{end}{kind}", end, (rank, size), index=site.planned[end])
 
     product = factor("up", site.shape[0]).T @ factor("down", site.shape[1])
-    return site.base + site.scaling(alpha, rank) * product
+    change = site.scaling(alpha, rank) * product
+    return site.base + (Dropped(change, dropout) if dropout else change)

@@ -3,7 +3,7 @@
     dW[(o_1..o_p), (i_1..i_q)] = s G_1[o_1] ... G_p[o_p] G_{p+1}[i_1] ... G_{p+q}[i_q],
     G_k in R^{c_{k-1} x n_k x c_k},   c_0 = c_K = 1,   c_k = min(r, what a side can hold),   s = alpha / r
 
-Artificial Entanglement in the Fine-Tuning of Large Language Models, 2026. The digits n_k are the prime
+Chen et al. 2026. The digits n_k are the prime
 factors of out, then of in, the largest first; with powers of two they are qubits. The rank of the change
 across cut k, and so the exponential of its entanglement entropy there, is at most c_k: LoRA is the case in
 which only the cut between rows and columns is bounded. sum_k c_{k-1} n_k c_k numbers are trained.
@@ -44,6 +44,7 @@ def bonds(digits: list[int], rank: int) -> list[int]:
     "mps",
     title="Artificial Entanglement in the Fine-Tuning of Large Language Models",
     year=2026,
+    arxiv="2601.06788",
     formula="W = W0 + s train(G_1, ..., G_K), bonds at most r",
     limit=None,
 )

@@ -8,8 +8,9 @@ sum of what reaches it through all of them. This form folds exactly. r = 16 and 
 K = 1 is this package's choice, -1 means all. Start: A Kaiming uniform (a = sqrt 5), B = 0: the base,
 exactly.
 
-Deviation: the input and middle shortcuts, A_n (x_n + x_{n-1}) and A_n x_n + A_{n-1} x_{n-1}, are left out:
-they read another layer's input, have no matrix, and fold only approximately.
+Deviations: no dropout by default, where the paper's runs use 0.05; the input and middle shortcuts, A_n (x_n +
+x_{n-1}) and A_n x_n + A_{n-1} x_{n-1}, are left out: they read another layer's input, have no matrix, and
+fold only approximately.
 """
 
 import math
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InvalidOption
-from ...weights import Sum, Weight
+from ...weights import Dropped, Sum, Weight
+from ..limits import in_range
 from ..registry import structure
 from ..site import Planned, Site, derived_seed
 from .mos import kinds
@@ -59,7 +61,9 @@ def shared_pairs(
     rank=16,
     plan=shared_pairs,
 )
-def reslora(site: Site, rank: int, *, alpha: float | None = None, previous: int = 1) -> Weight:
+def reslora(
+    site: Site, rank: int, *, alpha: float | None = None, previous: int = 1, dropout: float = 0.0
+) -> Weight:
     """Return W0 plus the layer's own change and those of the layers before it.
 
     Args:
@@ -67,7 +71,9 @@ def reslora(site: Site, rank: int, *, alpha: float | None = None, previous: int 
         rank: inner dimension of the layer's own B A.
         alpha: numerator of the scaling; twice the rank by default.
         previous: K, of how many layers before it; -1 for all.
+        dropout: probability, in [0, 1), of dropping an input entry of all changes while training.
     """
+    in_range("reslora", "[0, 1)", dropout=dropout)
     scaling = site.scaling(2 * (site.reference or rank) if alpha is None else alpha, rank)
     out, columns = site.shape
 
@@ -76,4 +82,5 @@ def reslora(site: Site, rank: int, *, alpha: float | None = None, previous: int 
         return up @ site.pooled(f"down{number}", f"down{number}", (width, columns))
 
     places = zip(site.planned["blocks"].tolist(), site.planned["ranks"].tolist(), strict=True)
-    return Sum(site.base, *(scaling * product(number, width) for number, width in places))
+    change = Sum(*(scaling * product(number, width) for number, width in places))
+    return site.base + (Dropped(change, dropout) if dropout else change)

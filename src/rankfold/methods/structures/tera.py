@@ -72,6 +72,7 @@ def _drawn(site: Site, seed: int, key: str, *shape: int) -> Tensor:
     "tera",
     title="TeRA: Vector-based Random Tensor Network for High-Rank Adaptation of Large Language Models",
     year=2025,
+    arxiv="2509.03234",
     code="guyuxuan9/TeRA",
     formula="W = W0 + c (F_1 D_1 (x) F_2 D_2) C (F'_1 D'_1 (x) F'_2 D'_2)^T",
     rank=32,
