@@ -7,7 +7,7 @@ import pytest
 import torch
 from methods._layers import adapted, change, count, disturbed, leaves_of, linear, normal, rank_of
 
-from rankfold.methods.structures.mps import bonds, prime_digits
+from rankfold.methods.modes import bonds, prime_digits
 
 
 def cuts(matrix: torch.Tensor, digits: list[int]) -> list[int]:

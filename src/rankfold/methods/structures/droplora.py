@@ -1,21 +1,17 @@
 """DropLoRA: noise between the two factors while training, so that every step works in another subspace.
 
-    training   y = W0 x + s B (m . A x),   m ~ Bernoulli(1 - p) / (1 - p) in R^r;      W = W0 + s B A,
-    s = alpha / r
+    training   y = W0 x + s B (m . A x),   m ~ Bernoulli(1 - p) / (1 - p) in R^r;      W = W0 + s B A
 
-Zhang 2025. The official code draws m anew for every token, as the default does here; with
-together=True one m serves all tokens of a call, as the paper's text says, and the rows of A and columns of
-B that are off get no gradient in that step. The output is linear in m, so its mean is that of LoRA. r = 32
-(of 32 and 64), alpha = 2 r and p = 0.5 are the paper's. Start: the base, exactly.
+Zhang 2025. s = alpha / r. The official code draws m anew for every token, as the default does here; with
+together=True one m serves all tokens of a call, as the paper's text says. The output is linear in m, so its
+mean is that of LoRA. r = 32, alpha = 2 r and p = 0.5 are the paper's. Start: the base, exactly.
 
-Deviations: no dropout of the input by default, where the paper's runs use 0.05; the learned mask of the
-code's `dynamic_pruning` is left out; a start that is subtracted is not
-thinned. An embedding and an attention's own weights are read without an input between the factors, and are
-refused.
+Deviations: no dropout of the input by default (the paper's runs: 0.05); the code's learned mask is left out;
+a start that is subtracted is not thinned. Embeddings and an attention's own weights are refused.
 """
 
-from ...errors import InvalidOption
 from ...weights import Dense, Dropped, Weight
+from ..limits import in_range
 from ..registry import structure
 from ..site import Site
 
@@ -54,12 +50,10 @@ def droplora(
         together: switch the same ones off for all tokens of a call.
         dropout: probability, in [0, 1), of dropping an input entry of the change while training.
     """
-    if not 0 <= probability < 1:
-        raise InvalidOption(f"droplora: probability must be in [0, 1), not {probability}")
+    in_range("droplora", "[0, 1)", probability=probability)
 
     def thinned(up: Dense, down: Dense) -> Weight:
         return (Dropped(up, probability, together=together) if up.trainable and probability else up) @ down
 
     scaling = site.scaling(2 * (site.reference or rank) if alpha is None else alpha, rank)
-    factors = site.factors(rank, scaling)
-    return site.base + site.change(factors, scaling, form=thinned, dropout=dropout)
+    return site.base + site.change(site.factors(rank, scaling), scaling, form=thinned, dropout=dropout)

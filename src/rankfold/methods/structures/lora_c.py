@@ -5,14 +5,12 @@
 Ding et al. 2024. The matrix has Co k rows, so it is squarer than the usual Co x Ci k^2, and its rank is at
 most r, while the usual unfolding of dW may have rank r k. The layout is a plain view of the stored numbers:
 entry (o, i, h, w) stands in row o k + (i k + h) // Ci and column ((i k + h) mod Ci) k + w. B = 0, A is
-drawn as in LoRA, and alpha / r is best kept constant over ranks, as the paper advises. A rank above the
-smaller side is allowed: the factors are then more than the change needs. Start: the base, exactly.
+drawn as in LoRA; the paper keeps alpha / r constant over ranks. Start: the base, exactly.
 
 Deviations: the rows take the first window axis, so that other windows than squares and one or three axes
-work; with groups they count Co / groups, as in loralib's convolution. A linear layer has no window: the
-change is LoRA's.
+work; with groups they count Co / groups, as in loralib's convolution.
 
-Use it on convolutions; on a linear layer the change is LoRA's.
+Use it on convolutions; a linear layer has no window, and the change is LoRA's.
 """
 
 from collections.abc import Callable

@@ -3,41 +3,24 @@
     dW[(o_1..o_p), (i_1..i_q)] = s G_1[o_1] ... G_p[o_p] G_{p+1}[i_1] ... G_{p+q}[i_q],
     G_k in R^{c_{k-1} x n_k x c_k},   c_0 = c_K = 1,   c_k = min(r, what a side can hold),   s = alpha / r
 
-Chen et al. 2026. The digits n_k are the prime
-factors of out, then of in, the largest first; with powers of two they are qubits. The rank of the change
-across cut k, and so the exponential of its entanglement entropy there, is at most c_k: LoRA is the case in
-which only the cut between rows and columns is bounded. sum_k c_{k-1} n_k c_k numbers are trained.
+Chen et al. 2026. The digits n_k are the prime factors of out, then of in, the largest first; with powers of
+two they are qubits. The rank of the change across cut k, and so the exponential of its entanglement entropy
+there, is at most c_k: LoRA is the case in which only the cut between rows and columns is bounded. sum_k
+c_{k-1} n_k c_k numbers are trained.
 
 The cores are N(0, 1 / c_{k-1}), which keeps the variance along the train, the last one is zero. Start: the
 base, exactly; only the last core has a gradient at first.
 
-Deviations: the abstract fixes no digits, start or scaling; those here are reconstructed, r = 8 is a library's
-usual one. A prime size is a single digit. A convolution's columns are channels times window.
+Deviations: the abstract fixes no digits, start or scaling; those here are reconstructed, r = 8 is a
+library's usual one. A prime size is a single digit. A convolution's columns are channels times window.
 """
 
-import math
 from itertools import pairwise
 
 from ...weights import TensorTrain, Weight
+from ..modes import bonds, prime_digits
 from ..registry import structure
 from ..site import Site
-
-
-def prime_digits(size: int) -> list[int]:
-    """Return the prime factors of a size, the largest first; [1] for 1."""
-    digits, divisor = [], 2
-    while divisor * divisor <= size:
-        while size % divisor == 0:
-            digits.append(divisor)
-            size //= divisor
-        divisor += 1
-    return [size, *reversed(digits)] if size > 1 or not digits else digits[::-1]
-
-
-def bonds(digits: list[int], rank: int) -> list[int]:
-    """Return c_0 .. c_K: the rank, but never more than the digits on either side of a cut can hold."""
-    cuts = range(len(digits) + 1)
-    return [min(rank, math.prod(digits[:cut]), math.prod(digits[cut:])) for cut in cuts]
 
 
 @structure(

@@ -1,21 +1,14 @@
 """RoseLoRA: LoRA whose every row of A and column of B becomes sparse, so that the product is sparse too.
 
-    W = W0 + s B A,   I <- beta I + (1 - beta) |w dL/dw|   (first I = |w dL/dw|), before the optimizer's step
-    after it: ceil(tau n) entries of every row of A and ceil(tau m) of every column of B with the largest I
-    stay, the others <- 0
+    W = W0 + s B A,   I <- beta I + (1 - beta) |w dL/dw| before the optimizer's step (first |w dL/dw|); after
+    it the ceil(tau n) entries of every row of A and ceil(tau m) of every column of B with the largest I stay
     tau(t) = 1 up to t_i,  T + (1 - T) (1 - (t - t_i) / (t_f - t_i))^3 up to t_f,  T from there
 
 Wang et al. 2024. B (m, r), A (r, n), W0 (m, n). At most r ceil(T m) ceil(T n) entries of the weight differ
-from the base's in the end, the others are its own to the last bit. r = 8 and T = 0.05 are those of the
-paper's editing of a language model, where also alpha = 32 (s = 4), the dropout is 0.1 and values are clamped
-to 3e-3 after every pruning (`clamp`); here s = 1, no dropout and no clamp unless asked for. t_i and t_f are
-the shares `warmup` = 0.1 and 1 - `final` = 0.8 of the training, as for fine-tuning; these and beta = 0.8 are
-public code's. t_i is at least one step: at B = 0 all importances are zero. Start: the base, exactly. Without
-`attach` this is LoRA.
-
-An entry that has been pruned never returns: it is zero when importance is taken, so that in exact arithmetic
-its own could only decay, which is remembered as an importance below all others. Adam's momentum moves it in
-every step, and the next pruning sets it back.
+from the base's in the end. r = 8 and T = 0.05 are those of the paper's editing of a language model, where
+also alpha = 32, the dropout is 0.1 and values are clamped to 3e-3 after every pruning; here only on request.
+t_i and t_f are the shares `warmup` and 1 - `final` of the training, which with beta are public code's; t_i
+is at least one step. What is pruned never returns. Start: the base, exactly.
 """
 
 from ...weights import Weight
@@ -26,10 +19,8 @@ from ..sparse_rows import SparseRows
 
 @structure(
     "roselora",
-    title=(
-        "RoseLoRA: Row and Column-wise Sparse Low-rank Adaptation of Pre-trained Language Model for "
-        "Knowledge Editing and Fine-tuning"
-    ),
+    title="RoseLoRA: Row and Column-wise Sparse Low-rank Adaptation of Pre-trained Language Model for "
+    "Knowledge Editing and Fine-tuning",
     year=2024,
     arxiv="2406.10777",
     formula="W = W0 + s B A, the share tau(t) of every row of A and column of B kept by importance",

@@ -14,30 +14,14 @@ which gradient accumulation shortens; here t counts steps.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from ...errors import InvalidOption
-from ...weights import Dense, Gram, Scaled, Weight
+from ...weights import Gram, Scaled, Weight
+from ..ramp import Ramp
 from ..registry import near_base, structure
-from ..rules import Dynamics
-from ..run import Run
 from ..site import Site
-
-
-@dataclass(kw_only=True)
-class Ramp(Dynamics):
-    """The growth of u, which is 1 after `ramp` steps."""
-
-    ramp: int = 1000
-
-    def stepped(self, run: Run) -> None:
-        """Set u to what the next step is to see."""
-        for expression in run.expressions.values():
-            for leaf in expression.leaves():
-                if isinstance(leaf, Dense) and leaf.name == "ramp":
-                    leaf.value.fill_(min((run.step + 1) / self.ramp, 1.0))
 
 
 @structure(
@@ -46,7 +30,7 @@ class Ramp(Dynamics):
     year=2025,
     arxiv="2507.05566",
     formula="W = W0 + s u(t) A* A^T",
-    start=near_base(0.05),
+    start=near_base(0.05, "with the default ramp and alpha"),
     training=Ramp,
 )
 def singlora(site: Site, rank: int, *, alpha: float | None = None, ramp: int = 1000) -> Weight:

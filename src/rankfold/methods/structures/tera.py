@@ -25,22 +25,9 @@ from torch import Tensor
 
 from ...errors import InvalidOption
 from ...weights import Diagonal, Kronecker, Weight
+from ..modes import modes_of
 from ..registry import structure
 from ..site import Planned, Site, derived_seed
-
-
-def modes_of(size: int, count: int) -> list[int]:
-    """Return `count` factors of a size, as equal as its divisors allow.
-
-    Example:
-        >>> modes_of(60, 2), modes_of(64, 3), modes_of(7, 2)
-        ([6, 10], [4, 4, 4], [1, 7])
-    """
-    if count == 1:
-        return [size]
-    root = round(size ** (1 / count))
-    first = max(d for d in range(1, root + 1) if size % d == 0)
-    return [first, *modes_of(size // first, count - 1)]
 
 
 def shared_network(

@@ -20,9 +20,9 @@ import torch
 
 from ...errors import InvalidOption
 from ...weights import Kronecker, Leaf, Sum, TensorTrain, Weight
+from ..modes import modes_of
 from ..registry import near_base, structure
 from ..site import Site
-from .tera import modes_of
 
 
 @structure(
