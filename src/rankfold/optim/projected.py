@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import InvalidOption, InvalidRank, near_names
 from .inner import INNERS, Inner
 from .projectors import PROJECTORS, Kept, Projector
-from .residuals import RESIDUALS, Residual
+from .residuals import RESIDUALS, Residual, Scaled
 
 SIDES = ("auto", "reverse", "left", "right")
 TRANSPORTS = ("keep", "rotate", "reset")
@@ -190,11 +190,7 @@ class ProjectedOptimizer(Optimizer):
         basis = _basis(state)
         left = _is_left(group, _matrix_shape(work.parameter))
         if self._adds_in_place(work):
-            factor_up = -group["lr"] * group["scale"] * correction
-            weight = work.parameter.view(len(work.parameter), -1)
-            if group["weight_decay"]:
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-            self.projector.add_up(weight, inner, basis, oriented, factor_up, left)
+            self._add_in_place(work, oriented, low, inner, correction, basis, left)
             self._moved(group, state, basis, oriented)
             return
         direction = group["scale"] * correction * self.projector.up(inner, basis, oriented)
@@ -206,9 +202,36 @@ class ProjectedOptimizer(Optimizer):
         self._subtract(work, (direction if left else direction.T).reshape(work.parameter.shape))
 
     def _adds_in_place(self, work: _Work) -> bool:
-        """Whether what comes back from the low rank can be added to the weight without being formed."""
+        """Whether the change can be added to the weight without being formed."""
         full = work.parameter.dtype in (torch.float32, torch.float64)
-        return self.residual.drops and full and work.parameter.is_contiguous()
+        scaled = isinstance(self.residual, Scaled) and self.projector.orthonormal
+        return (self.residual.drops or scaled) and full and work.parameter.is_contiguous()
+
+    def _add_in_place(
+        self,
+        work: _Work,
+        oriented: Tensor,
+        low: Tensor,
+        inner: Tensor,
+        correction: float,
+        basis: Kept,
+        left: bool,
+    ) -> None:
+        """Subtract what comes back from the low rank, and a scaled rest as G phi - P (R phi)."""
+        group = work.group
+        weight, rate = work.parameter.view(len(work.parameter), -1), group["lr"] * correction
+        if group["weight_decay"]:
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+        inner_sum = group["scale"] * inner
+        if isinstance(self.residual, Scaled):
+            scales = self.residual.scales(low, inner)
+            squares = (oriented.square().sum(0) - low.square().sum(0)).clamp_min(0)
+            size = (squares @ scales.square()).sqrt()
+            scales = scales * self.residual.limited(size, self.state[work.parameter])
+            inner_sum = inner_sum - low * scales
+            gradient, phi = (oriented, scales) if left else (oriented.T, scales[:, None])
+            weight.addcmul_(gradient, phi, value=-rate)
+        self.projector.add_up(weight, inner_sum, basis, oriented, -rate, left)
 
     def _moved(self, group: dict[str, Any], state: dict[str, Any], basis: Kept, oriented: Tensor) -> None:
         self.projector.stepped(oriented, basis, group["lr"] / (group["initial_lr"] or 1.0))

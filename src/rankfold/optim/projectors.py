@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,13 @@ Kept = dict[str, Tensor]
 
 
 class Projector:
-    """How the basis of a gradient is chosen: here, its leading singular vectors, exactly (GaLore)."""
+    """How the basis of a gradient is chosen: here, its leading singular vectors, exactly (GaLore).
+
+    Attributes:
+        orthonormal: its columns always are.
+    """
+
+    orthonormal: ClassVar[bool] = True
 
     def fit(self, gradient: Tensor, rank: int, kept: Kept, generator: torch.Generator) -> Kept:
         """Return what a new basis is made of.
@@ -102,6 +109,8 @@ class Gaussian(Projector):
 
     Not orthonormal: `up(down(G))` is G in the mean.
     """
+
+    orthonormal = False
 
     def fit(self, gradient: Tensor, rank: int, kept: Kept, generator: torch.Generator) -> Kept:
         """Return the seed and the rank."""
@@ -202,11 +211,12 @@ class OnlinePCA(Projector):
 
     Args:
         rate: of that step, for a gradient of norm 1; it falls as the learning rate does.
-        orthonormal: steps between two QR decompositions of the basis, or 0 for none.
+        every: steps between two QR decompositions of the basis, or 0 for none.
     """
 
     rate: float = 0.1
-    orthonormal: int = 0
+    every: int = 0
+    orthonormal = False
 
     def stepped(self, gradient: Tensor, kept: Kept, share: float) -> None:
         """Move the basis."""
@@ -218,7 +228,7 @@ class OnlinePCA(Projector):
         slope = 2 * (basis @ (basis.T @ turned) + turned @ (basis.T @ basis)) - 4 * turned
         basis = basis - self.rate * share * slope
         count = kept.setdefault("moves", torch.zeros((), dtype=torch.int64)).add_(1)
-        if self.orthonormal and int(count) % self.orthonormal == 0:
+        if self.every and int(count) % self.every == 0:
             basis = torch.linalg.qr(basis).Q
         kept["basis"] = basis.to(kept["basis"].dtype)
 

@@ -50,13 +50,23 @@ class Scaled(Residual):
         self, rest: Tensor, low: Tensor, inner: Tensor, factor: float, state: State, step: int
     ) -> Tensor | None:
         """Return S, with the inner optimizer's factor."""
-        scaled: Tensor = rest * (inner.norm(dim=0) / (low.norm(dim=0) + _SMALL))
-        size, last = scaled.norm(), state.get("rest_norm")
+        scaled = rest * self.scales(low, inner)
+        limited: Tensor = scaled * (factor * self.limited(scaled.norm(), state))
+        return limited
+
+    @staticmethod
+    def scales(low: Tensor, inner: Tensor) -> Tensor:
+        """Return phi, (n,)."""
+        scales: Tensor = inner.norm(dim=0) / (low.norm(dim=0) + _SMALL)
+        return scales
+
+    def limited(self, size: Tensor, state: State) -> Tensor:
+        """Return what S of this norm is multiplied by, and remember the norm that is left."""
+        last, share = state.get("rest_norm"), torch.ones_like(size)
         if last is not None:
-            scaled = scaled * (self.growth * last / (size + _SMALL)).clamp_max(1.0)
-            size = torch.minimum(size, self.growth * last)
-        state["rest_norm"] = size.clamp_min(_SMALL)
-        return factor * scaled
+            share = (self.growth * last / (size + _SMALL)).clamp_max(1.0)
+        state["rest_norm"] = (share * size).clamp_min(_SMALL)
+        return share
 
 
 @dataclass(frozen=True)

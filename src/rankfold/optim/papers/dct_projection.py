@@ -41,7 +41,7 @@ def dct_projection(
     Args:
         params: a model, (name, parameter) pairs, parameters or groups.
         lr: learning rate.
-        rank: r.
+        rank: r, of the projected gradients, which moments are kept for.
         refresh: steps between two choices.
         norm: "l2" or "l1".
         plain: words in the names of weights that are not projected.

@@ -35,7 +35,7 @@ def fira(
     Args:
         params: a model, (name, parameter) pairs, parameters or groups.
         lr: learning rate.
-        rank: r.
+        rank: r, of the projected gradients, which moments are kept for.
         growth: most that the norm of the rest may grow in a step.
         options: those of `galore`.
 

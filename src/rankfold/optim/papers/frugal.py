@@ -47,7 +47,7 @@ def frugal(
         density: share of the shorter side that has moments, in (0, 1].
         refresh: steps between two choices of them.
         projector: how they are chosen.
-        sign: lambda.
+        sign: lambda, what the sign of the rest is multiplied by.
         plain: words in the names of weights that are moved by Adam alone.
         options: further ones of `ProjectedOptimizer`.
 

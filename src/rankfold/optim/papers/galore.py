@@ -40,7 +40,7 @@ def galore(
     Args:
         params: a model, (name, parameter) pairs, parameters or groups.
         lr: learning rate.
-        rank: r.
+        rank: r, of the projected gradients, which moments are kept for.
         refresh: T, steps between two bases.
         scale: of what comes back from the low rank.
         plain: words in the names of weights that are not projected.

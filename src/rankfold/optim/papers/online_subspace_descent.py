@@ -37,7 +37,7 @@ def online_subspace_descent(
     Args:
         params: a model, (name, parameter) pairs, parameters or groups.
         lr: learning rate.
-        rank: r.
+        rank: r, of the projected gradients, which moments are kept for.
         rate: of the basis, for a gradient of norm 1.
         orthonormal: steps between two QR decompositions of the basis; 0 for none.
         options: those of `galore`.
