@@ -195,9 +195,8 @@ def inputs_at_hand() -> Iterator[None]:
 
     def with_more(module: nn.Module, *args: Any) -> carrier.ModelInputs:
         inputs = read(module, *args)
-        inputs.given = {
-            "classes": torch.arange(inputs.batch) % 3, "regions": EveryRegion(inputs.length or 1), **inputs.given
-        }  # fmt: skip
+        classes, regions = torch.arange(inputs.batch) % 3, EveryRegion(inputs.length or 1)
+        inputs.given = {"classes": classes, "regions": regions, **inputs.given}
         return inputs
 
     with mock.patch.object(carrier, "read_inputs", with_more):
@@ -742,6 +741,11 @@ def is_the_change_where_its_gate_is_open(point: Point) -> None:
     model(ids)
     path, expression = next(iter(require(model).expressions("default").items()))
     x = normal_tensor(*ids.shape, expression.shape[1])
+    with require(model).carrier.gates.held():
+        _check_gates(path, expression, x)
+
+
+def _check_gates(path: str, expression: Weight, x: Tensor) -> None:
     assert_close(expression(x), _gated(expression, x), EXACT, f"{path} by its gate")
     gated = [m for m in expression.modules() if isinstance(m, Gated)]
     if gated:

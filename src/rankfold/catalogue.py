@@ -36,7 +36,8 @@ class StepZero:
         kind: "exact" (the base's output to the last bit), "near" (within the tolerance, relative to the
             largest output), or "other".
         tolerance: for "near".
-        note: for "other": what the output is instead.
+        note: for "other": what the output is instead; otherwise with which options the promise holds, where
+            not with all.
         square: for "other": of square weights only; other weights start at the base.
     """
 
@@ -47,17 +48,28 @@ class StepZero:
 
     def __str__(self) -> str:
         """Return the promise as a phrase."""
+        if self.kind == "other":
+            return self.note
+        given = f" {self.note}" if self.note else ""
         if self.kind == "near":
-            return f"the base's output within {self.tolerance:g}"
-        return "exactly the base's output" if self.kind == "exact" else self.note
+            return f"the base's output within {self.tolerance:g} of its largest entry{given}"
+        return f"exactly the base's output{given}"
 
 
 EXACT = StepZero("exact")
 
 
-def near_base(tolerance: float) -> StepZero:
-    """Promise the base's output within a tolerance relative to the largest output."""
-    return StepZero("near", tolerance)
+def exact_base(note: str) -> StepZero:
+    """Promise the base's output to the last bit with the options that the note names, "with ..."."""
+    return StepZero("exact", note=note)
+
+
+def near_base(tolerance: float, note: str = "") -> StepZero:
+    """Promise the base's output within a tolerance relative to the largest output.
+
+    A note names the options that it holds with, "with ...".
+    """
+    return StepZero("near", tolerance, note)
 
 
 def not_base(note: str, *, square: bool = False) -> StepZero:
@@ -133,7 +145,8 @@ class Method:
             return
         asked = [(phrase, fits(value)) for kind, phrase, fits in _KINDS if kind in kinds]
         if asked and not any(fits for _, fits in asked):
-            raise InvalidOption(f"{self.name}: {key} must be {asked[0][0]}, not {value!r}")
+            phrases = " or ".join(dict.fromkeys(phrase for phrase, _ in asked))
+            raise InvalidOption(f"{self.name}: {key} must be {phrases}, not {value!r}")
 
 
 def _annotated_kinds(build: Callable[..., Any], key: str) -> tuple[Any, ...]:

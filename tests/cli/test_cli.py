@@ -1,9 +1,13 @@
 import json
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from training import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rankfold as rf
 from rankfold.cli.main import main
@@ -92,6 +96,20 @@ def test_settings_that_cannot_be_are_one_sentence_and_leave_nothing(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry"])
+@pytest.mark.parametrize(("method", "inputs"), [("kind", "classes"), ("lora-composer", "regions")])
+def test_methods_whose_gates_read_more_than_data_are_refused_before_the_model_is_read(
+    method: str, inputs: str, dry: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "out"
+    files = [str(tmp_path / "no-model"), "--data", str(tmp_path / "no-data.csv")]
+    command = ["adapt", *files, "--out", str(out), "--method", method, *dry]
+    line = _refused(command, capsys)
+    assert line.startswith(f"rankfold: {method} reads {inputs}, ")
+    assert f"rankfold.gate_inputs(model, {inputs}=...)" in line
+    assert not out.exists()
+
+
 def test_bad_data_and_models_are_one_sentence(
     llama: str, notes: str, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -130,6 +148,25 @@ def test_the_summary_says_what_happened_and_its_next_command_works(
     assert list(lines) == ["trained", "time", "memory", "before", "after", "measured", "files", "next"]
     assert main(lines["next"].split()[1:]) == 0
     assert (tmp_path / "out-folded" / "model.safetensors").exists()
+
+
+def test_the_next_command_of_a_memory_absorbs_it(
+    llama: str, notes: str, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "out"
+    command = ["adapt", llama, "--data", notes, "--out", str(out), *FLAGS, "--method", "locas", "--json"]
+    assert main(command) == 0
+    words = shlex.split(json.loads(capsys.readouterr().out)["next"])
+    assert words[:2] == ["python", "-c"]
+    assert "rankfold.absorb(" in words[2]
+    subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True)
+    base, absorbed = (
+        AutoModelForCausalLM.from_pretrained(folder) for folder in (llama, tmp_path / "out-absorbed")
+    )
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert absorbed.config.intermediate_size == base.config.intermediate_size + 2
+    torch.testing.assert_close(absorbed(ids).logits, rf.load(base, out)(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out-absorbed")
 
 
 def test_a_run_is_repeated_from_its_file_and_flags_win(
@@ -217,9 +254,19 @@ def test_a_method_is_found_by_its_paper(capsys: Capture) -> None:
     assert capsys.readouterr().out.startswith("lora-xs\n")
 
 
-def test_the_catalogues_table_names_every_method(capsys: Capture) -> None:
+def test_the_catalogue_is_one_line_per_method_where_no_terminal_reads_it(capsys: Capture) -> None:
+    assert main(["methods"]) == 0
+    shown = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert shown == [[m.name, m.axis, str(m.year), m.formula, m.title] for m in rf.methods()]
+
+
+def test_the_catalogue_is_a_table_with_a_head_on_a_terminal(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out
+    assert "formula" in shown.splitlines()[0]
     assert all(method.name in shown for method in rf.methods())
 
 

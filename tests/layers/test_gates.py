@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import rankfold as rf
-from rankfold.errors import UnsupportedLayer
+from rankfold.errors import InvalidOption, NotDense, UnsupportedLayer
 
 INVOCATION = (5, 6)
 MODELS = {"llama": llama, "gpt2": gpt2}
@@ -113,6 +114,45 @@ def test_an_invocation_in_the_prompt_is_known_with_a_cache_that_the_model_has_ma
     cache = model(ids[:, :8], use_cache=True).past_key_values
     last = model(ids[:, 8:], past_key_values=cache).logits
     torch.testing.assert_close(last[:, 0], full[:, 8], atol=1e-5, rtol=1e-4)
+
+
+def test_the_gate_follows_what_is_done_to_a_cache(model: Any) -> None:
+    ids = prompt()
+    invoked(model)
+    with torch.no_grad():
+        full = model(ids).logits
+        cache = model(ids[:, :8], use_cache=True).past_key_values
+        copied, turned, cropped = (copy.deepcopy(cache) for _ in range(3))
+        last = model(ids[:, 8:], past_key_values=copied).logits[:, 0]
+        torch.testing.assert_close(last, full[:, 8], atol=1e-5, rtol=1e-4)
+        turned.reorder_cache(torch.tensor([1, 0]))
+        last = model(ids.flip(0)[:, 8:], past_key_values=turned).logits[:, 0]
+        torch.testing.assert_close(last, full.flip(0)[:, 8], atol=1e-5, rtol=1e-4)
+        cropped.crop(-4)
+        other = torch.cat([ids[:, :4], torch.full((2, 3), 9)], 1)
+        uninvoked = model(other[:, 4:], past_key_values=cropped).logits
+        torch.testing.assert_close(uninvoked, model(other).logits[:, 4:], atol=1e-5, rtol=1e-4)
+
+
+def test_a_part_of_the_model_does_not_read_gates_of_a_forward_that_has_ended(model: Any) -> None:
+    invoked(model)
+    model(prompt())
+    with pytest.raises(NotDense, match="call the whole adapted model, not one of its parts"):
+        model.base_model(prompt())
+
+
+def test_a_model_with_gates_can_be_pickled_after_a_forward() -> None:
+    model: Any = seeded(llama)
+    rf.adapt(model, "mixture", rank=2, experts=2).train()
+    model(prompt(), labels=prompt()).loss.backward()
+    twin = pickle.loads(pickle.dumps(model)).eval()  # noqa: S301 - its own bytes
+    assert torch.equal(twin(prompt()).logits, model.eval()(prompt()).logits)
+
+
+def test_a_gate_input_that_nothing_reads_is_refused() -> None:
+    model = rf.adapt(seeded(llama), "kind", rank=2, classes=3)
+    with pytest.raises(InvalidOption, match=r"no adapter .* reads the gate input 'clases'; .*classes"):
+        rf.gate_inputs(model, clases=torch.tensor([0])).__enter__()
 
 
 # reft -------------------------------------------------------------------------------------------------

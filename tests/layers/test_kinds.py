@@ -239,6 +239,15 @@ def test_what_cannot_hold_an_expression_is_refused_with_a_reason(case: str) -> N
         memory.check(model)
 
 
+def test_what_holds_layers_is_refused_with_the_names_of_those_inside() -> None:
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
+    with pytest.raises(UnsupportedLayer, match=r"matches a, but .* inside it: a\.in_proj, a\.out_proj$"):
+        rf.adapt(attention, "lora", rank=2, targets=["a"])
+    many = nn.ModuleDict({"a": nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))})
+    with pytest.raises(UnsupportedLayer, match=r"inside it: a\.0, a\.1, a\.2, a\.3, \.\.\.$"):
+        rf.adapt(many, "lora", rank=2, targets=["a"])
+
+
 def test_a_linear_subclass_with_its_own_forward_is_called() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """aLoRA: a LoRA that acts from its invocation onwards."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 import rankfold as rf
-from rankfold.errors import InvalidOption, NotDense
+from rankfold.errors import Incompatible, InvalidOption, NotDense
+from rankfold.layers import require
 
 STARTS = (2, 6)  # of the last invocation in the first two rows of the prompt; the third has none
 
@@ -82,6 +84,48 @@ def test_tokens_before_the_invocation_give_no_gradient() -> None:
 def test_an_invocation_that_does_not_fit_is_absent() -> None:
     ids = prompt()[:, :1]
     assert torch.equal(adapted()(ids).logits, llama()(ids).logits)
+
+
+def test_padding_that_looks_like_the_invocation_is_none() -> None:
+    ids = prompt()
+    padding = torch.zeros(len(ids), 3, dtype=torch.long)
+    mask = torch.cat([torch.ones_like(ids), padding], 1)
+    model, base = adapted(invocation=(0,)), llama()
+    padded = torch.cat([ids, padding], 1)
+    assert torch.equal(model(padded, attention_mask=mask).logits, base(padded, attention_mask=mask).logits)
+
+
+def test_a_prompt_that_was_cached_elsewhere_is_refused_unless_the_invocation_follows() -> None:
+    model, ids = adapted(), torch.tensor([[9, 10, 11, *INVOCATION, 13, 14]])
+    full = model(ids).logits
+    filled = llama()(ids[:, :6], use_cache=True).past_key_values
+    with pytest.raises(Incompatible, match=r"does not know whether .* is in the prompt"):
+        model(ids[:, 6:], past_key_values=filled)
+    filled = llama()(ids[:, :3], use_cache=True).past_key_values
+    torch.testing.assert_close(model(ids[:, 3:], past_key_values=filled).logits, full[:, 3:])
+
+
+def test_while_it_is_not_in_use_it_asks_for_nothing() -> None:
+    model, ids = adapted(), prompt()
+    with rf.disabled(model):
+        filled = llama()(ids[:, :3], use_cache=True).past_key_values
+        model(ids[:, 3:4], past_key_values=filled)
+        states = model.get_input_embeddings()(ids)
+        torch.testing.assert_close(model(inputs_embeds=states).logits, llama()(ids).logits)
+    with pytest.raises(Incompatible, match="does not know whether"):
+        model(ids[:, 4:5], past_key_values=filled)
+
+
+@pytest.mark.parametrize("calls", [[5], [3, 4, 5, 6]])
+def test_an_invocation_that_is_split_over_calls_opens_once_it_is_complete(calls: list[int]) -> None:
+    (first, second), cache, open_at = INVOCATION, None, []
+    ids = torch.tensor([[9, 10, 11, 12, first, second, 13, 14]])
+    model = adapted()
+    for start, stop in itertools.pairwise([0, *calls, 8]):
+        cache = model(ids[:, start:stop], past_key_values=cache, use_cache=True).past_key_values
+        (gate,) = require(model).carrier.gates.current.values()
+        open_at += gate.values[0, :, 0].tolist()
+    assert open_at == [False] * 5 + [True] * 3
 
 
 def test_it_starts_at_the_base_and_a_residual_start_is_gated_whole() -> None:

@@ -175,3 +175,15 @@ def test_joining_keeps_the_blocks_that_one_of_the_two_has_learnt_alone() -> None
 def test_another_part_is_refused() -> None:
     with pytest.raises(InvalidOption, match="part must be content, style or both, not 'neither'"):
         square(part="neither")
+
+
+def test_an_adapter_is_joined_only_for_the_half_that_it_has_trained() -> None:
+    model, _, _ = stages()
+    with pytest.raises(Incompatible, match=r"'style' has trained B alone, with part='style'.*D of content"):
+        join(model, "style", "content")
+    with pytest.raises(Incompatible, match=r"'content' has trained D alone, with part='content'.*B of style"):
+        join(model, "content", "content")
+    assert set(model.__dict__["_rankfold"].adapters) == {"content", "style"}
+    both = square(name="content")
+    rf.adapt(both, "break-for-make", rank=RANK, targets=["0"], name="style")
+    assert join(both, "content", "style") is both

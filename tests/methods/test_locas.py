@@ -178,6 +178,17 @@ def test_what_is_no_memory_or_is_held_by_another_adapter_is_refused() -> None:
     torch.testing.assert_close(rf.absorb(model, "memory")(**batch()).logits, wanted)
 
 
+def test_a_memory_that_is_not_in_use_is_not_absorbed() -> None:
+    model, plain = disturbed(adapted()), llama()
+    wanted = model(**batch()).logits
+    with rf.disabled(model):
+        with pytest.raises(Incompatible, match=r"'default' is not in use, .*rankfold.use"):
+            rf.absorb(model)
+        assert torch.equal(model(**batch()).logits, plain(**batch()).logits)
+    assert torch.equal(model(**batch()).logits, wanted)
+    torch.testing.assert_close(rf.absorb(model)(**batch()).logits, wanted)
+
+
 # What it reads and where it goes ----------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from peft import LoHaConfig, LoKrConfig
 from torch import Tensor
 
 import rankfold as rf
+from rankfold.errors import InvalidOption
 
 
 def hadamard(layer: Any, leaves: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor, Any]]:
@@ -104,3 +105,14 @@ def test_the_kronecker_change_is_that_of_lycoris(rank: int, both: bool) -> None:
     wanted = functional.diff_weight(*given, None, gamma=2.0 * rank)
     unscaled = "first" in leaves and "second" in leaves  # there, two full factors are not scaled
     torch.testing.assert_close(change(model), (2.0 if unscaled else 1.0) * wanted)
+
+
+def test_a_factor_of_minus_one_is_the_balanced_one_and_others_below_one_are_refused() -> None:
+    models = [
+        adapted("lokr", linear(20, 42), rank=2, **given) for given in ({}, {"factor": -1}, {"factor": 1})
+    ]
+    shapes = [{name: leaf.shape for name, leaf in leaves_of(model).items()} for model in models]
+    assert shapes[0] == shapes[1] != shapes[2]
+    for factor in (0, -2):
+        with pytest.raises(InvalidOption, match=f"lokr: factor must be at least 1, .* not {factor}"):
+            adapted("lokr", rank=2, factor=factor)

@@ -101,6 +101,11 @@ def test_rows_may_have_boxes_of_their_own() -> None:
     assert torch.equal(changed, torch.stack([CAT, DOG]).flatten(1) == 1)
 
 
+def test_concepts_that_were_trained_elsewhere_are_frozen() -> None:
+    model = composed()
+    assert not [name for name, value in model.named_parameters() if "-here" in name and value.requires_grad]
+
+
 def test_the_file_stands_alone(tmp_path: Any) -> None:
     model, x = composed(), image()
     rf.save(model, tmp_path / "cat", name="cat-here")

@@ -335,6 +335,10 @@ def test_a_sub_matrix_larger_than_the_weight_is_refused() -> None:
         adapted(rf.Recipe(("losia-pro", {"factor": 1.5})))
     with pytest.raises(InvalidOption, match="losia: importance must be one of mixed, first, second"):
         adapted(rf.Recipe(("losia", {"importance": "third"})))
+    for name in ("losia", "losia-pro"):
+        for option, value in (("interval", 0), ("beta1", 1.0), ("importance", "third")):
+            with pytest.raises(InvalidOption, match=f"^{name}: {option} must be"):
+                adapted(rf.Recipe((name, {option: value})))
     assert selection_of(adapted(rf.Recipe(("losia", {"factor": 1})))).values.shape == (6, 8)
 
 

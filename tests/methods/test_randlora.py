@@ -24,6 +24,7 @@ from peft import RandLoraConfig
 from torch import Tensor, nn
 
 import rankfold as rf
+from rankfold.errors import InvalidOption
 from rankfold.weights import RandomMixture
 
 
@@ -101,6 +102,15 @@ def test_sparse_bases_have_one_entry_in_three() -> None:
     found = bases(adapted("randlora", linear(60, 60), rank=4, sparse=3))["up"]
     assert (found != 0).double().mean().item() == pytest.approx(1 / 3, abs=0.05)
     assert found.std().item() == pytest.approx(1)
+
+
+def test_bases_so_sparse_that_one_is_zero_are_refused() -> None:
+    with pytest.raises(InvalidOption, match="at 0, sparse=100000 leaves a basis of 4 x 60 with zeros only"):
+        adapted("randlora", linear(60, 60), rank=4, sparse=100000)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(2, 64))
+    with pytest.raises(InvalidOption, match="at 1, sparse=20 leaves a basis of 2 x 2 with zeros only"):
+        rf.adapt(model, "randlora", rank=2, sparse=20)  # though none of the whole bases is zero
+    assert adapted("randlora", linear(400, 400), rank=4, sparse=20) is not None  # sqrt(m)
 
 
 @pytest.mark.parametrize("rank", [1, 4])

@@ -9,7 +9,7 @@ from methods._peft import HOSTS
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.errors import InvalidOption
+from rankfold.errors import Incompatible, InvalidOption
 
 WIDTH = 16
 
@@ -97,6 +97,26 @@ def test_positions_are_counted_in_the_prompt_and_not_in_its_padding_or_its_answe
     before = hidden(llama(), ids(), attention_mask=mask)
     after = hidden(model, ids(), attention_mask=mask, labels=labels)
     assert edited(before, after) == [[3, 8], [0, 5]]
+
+
+def test_a_rows_positions_do_not_depend_on_the_rows_beside_it() -> None:
+    model, _ = adapted("f1+l1")
+    mask, labels = torch.ones(2, 9, dtype=torch.long), ids()
+    mask[0, 7:], labels[0, 7:] = 0, -100  # padding on the right, and no prompt of its own
+    before = hidden(llama(), ids(), attention_mask=mask)
+    assert edited(before, hidden(model, ids(), attention_mask=mask, labels=labels)) == [[0, 6], [0, 8]]
+    labels[1, :4] = -100
+    assert edited(before, hidden(model, ids(), attention_mask=mask, labels=labels)) == [[0, 6], [0, 3]]
+
+
+def test_a_prompt_that_was_cached_without_the_edits_is_refused() -> None:
+    model, _ = adapted()
+    with rf.disabled(model):
+        cache = model(ids()[:, :6], use_cache=True).past_key_values
+    with pytest.raises(Incompatible, match="this key-value cache was not seen by 'default'; pass a cache"):
+        model(ids()[:, 6:], past_key_values=cache)
+    cache = model(ids()[:, :6], use_cache=True).past_key_values
+    assert model(ids()[:, 6:], past_key_values=cache).logits.shape[1] == 3
 
 
 def test_the_count_is_that_of_the_paper() -> None:

@@ -52,7 +52,8 @@ def test_draws_follow_the_probabilities() -> None:
     router = router_of(model)
     router.matrix.tensor().data *= 0.5
     model(x)
-    log_p = require(model).carrier.gates.drawn["0"]()
+    (score,) = require(model).carrier.gates.drawn.values()
+    log_p = score()
     values, counts = log_p.exp().detach().round(decimals=9).unique(return_counts=True)
     assert len(values) == 6
     torch.testing.assert_close(counts / 20_000, values.to(torch.float32), atol=0.012, rtol=0)
@@ -96,7 +97,7 @@ def test_the_loss_gives_that_gradient_for_what_was_drawn() -> None:
 
     def recorded(model: nn.Module, batch: Tensor) -> Tensor:
         losses.append(squares(model, batch))
-        scores.append(require(model).carrier.gates.drawn["0"]())
+        scores.extend(score() for score in require(model).carrier.gates.drawn.values())
         return losses[-1]
 
     torch.manual_seed(3)
@@ -128,17 +129,37 @@ def test_the_router_gets_nothing_from_the_task_loss_alone() -> None:
 def test_exactly_k_experts_act_with_equal_weights(training: bool) -> None:
     model = adapted(experts=6, top_k=3).train(training)
     model(tokens())
-    gates = router_of(model).gates_for(tokens())
+    with router_of(model).gates.held():
+        gates = router_of(model).gates_for(tokens())
     assert gates.shape == (2, 1, 6)
     size = gates.sum(-1).square() / gates.square().sum(-1)
     torch.testing.assert_close(size, 3 * torch.ones_like(size))
     torch.testing.assert_close(gates.sum(-1), torch.ones_like(size))
 
 
+def test_the_weight_of_the_drawn_experts_may_be_given() -> None:
+    model = adapted(experts=6, top_k=3, weight=1.0)
+    model(tokens())
+    with router_of(model).gates.held():
+        gates = router_of(model).gates_for(tokens())
+    assert (gates.count_nonzero(-1) == 3).all()
+    assert gates.unique().tolist() == [0.0, 1.0]
+
+
 def test_each_token_may_be_routed_for_itself() -> None:
     model = adapted(experts=6, per="token").eval()
     model(tokens())
-    assert router_of(model).gates_for(tokens()).shape == (2, 5, 6)
+    with router_of(model).gates.held():
+        assert router_of(model).gates_for(tokens()).shape == (2, 5, 6)
+
+
+@pytest.mark.parametrize("per", ["sequence", "token"])
+@pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 2, 5)], ids=str)
+def test_the_output_keeps_the_shape_of_the_input(per: str, shape: tuple[int, ...]) -> None:
+    model, x = adapted(per=per).eval(), torch.randn(*shape, WIDTH, dtype=torch.float64)
+    together = model(x)
+    assert together.shape == (*shape, 3)
+    torch.testing.assert_close(together, torch.cat([model(row[None]) for row in x]))
 
 
 def test_padding_does_not_change_a_selection() -> None:
@@ -170,12 +191,63 @@ def test_a_cache_of_an_unknown_prompt_is_refused_where_prompts_are_routed(per: s
     model = rf.adapt(llama(), "remix", rank=2, experts=4, per=per).eval()
     ids = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        cache = copy.deepcopy(model(ids, use_cache=True).past_key_values)
+        cache = llama()(ids, use_cache=True).past_key_values
         if per == "token":
             assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
             return
         with pytest.raises(Incompatible, match="remix does not know which experts the prompt"):
             model(ids[:, :1], past_key_values=cache)
+
+
+def chosen(model: nn.Module) -> dict[str, Tensor]:
+    return dict(require(model).carrier.gates.kept)
+
+
+def test_the_selection_follows_what_is_done_to_the_cache() -> None:
+    model = rf.adapt(llama(), "remix", rank=2, experts=4, targets="*.q_proj").eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "matrix" in name:
+            parameter.data.normal_(std=3.0)
+    ids = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        first = chosen(model)
+        assert any(not torch.equal(each[0], each[1]) for each in first.values())
+        copied = copy.deepcopy(cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        model(ids[:, :1], past_key_values=cache)
+        assert all(torch.equal(each, first[name].flip(0)) for name, each in chosen(model).items())
+        copied.batch_repeat_interleave(2)
+        model(ids.repeat_interleave(2, 0)[:, :1], past_key_values=copied)
+        wanted = {name: each.repeat_interleave(2, 0) for name, each in first.items()}
+        assert all(torch.equal(each, wanted[name]) for name, each in chosen(model).items())
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, 3, 4), (2, 3, 5, 4)])
+@pytest.mark.parametrize("per", ["sequence", "token"])
+def test_the_output_has_the_inputs_shape(shape: tuple[int, ...], per: str) -> None:
+    model, x = adapted(per=per), torch.randn(*shape, dtype=torch.float64)
+    assert model(x).shape == (*shape[:-1], 3)
+    assert model.eval()(x).shape == (*shape[:-1], 3)
+
+
+def test_what_comes_before_a_rows_first_label_is_its_prompt_and_nothing_else_of_the_batch() -> None:
+    model = rf.adapt(llama(), "remix", rank=2, experts=4, targets="*.q_proj").eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    ids = torch.randint(3, 40, (3, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[2, 4:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        plain = model(ids, attention_mask=mask).logits
+        padded = model(ids, attention_mask=mask, labels=labels).logits
+        shifted = model(
+            ids, attention_mask=mask, labels=torch.cat([labels[:, :1] * 0 - 100, labels[:, 1:]], 1)
+        )
+    assert torch.equal(padded, plain)
+    assert torch.equal(shifted.logits, plain)
 
 
 def test_checkpointing_changes_no_gradient() -> None:
@@ -199,6 +271,16 @@ def test_training_without_its_loss_is_named() -> None:
     model(tokens()), model(tokens())
     with pytest.warns(NeverRead, match="remix_loss"):
         model(tokens())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_loss_that_is_a_mean_already_is_refused(rows: int) -> None:
+    with pytest.raises(InvalidOption, match=r"loss of every example, \(batch,\), not \(\)"):
+        rf.remix_loss(adapted(), tokens(rows), lambda model, x: squares(model, x).mean())
+    with pytest.raises(InvalidOption, match="loss of every example"):
+        rf.remix_loss(adapted(), tokens(rows), lambda model, x: model(x).square().flatten())
+    with pytest.raises(InvalidOption, match=r"reads batch\['labels'\]"):
+        rf.remix_loss(adapted(), {"input_ids": tokens(rows)})
 
 
 def test_what_has_no_meaning_is_refused() -> None:

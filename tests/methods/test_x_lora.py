@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers.models import llama, seeded
+from layers.models import llama, seeded, t5
 from torch import Tensor, nn
 
 import rankfold as rf
@@ -77,6 +77,14 @@ def test_of_the_k_largest_none_is_made_larger() -> None:
     assert ((gates(one) > 0).sum(-1) == 1).all()
 
 
+def test_of_experts_that_are_level_no_more_than_k_are_kept() -> None:
+    model = with_experts(top_k=1)
+    for tensor in router(model):
+        tensor.data.zero_()
+    model(IDS)
+    assert ((gates(model) > 0).sum(-1) == 1).all()
+
+
 def test_only_the_classifier_is_trained_and_it_gets_a_gradient() -> None:
     model = with_experts().train()
     assert rf.summary(model).trainable == 2 * (16 + 1)
@@ -114,11 +122,28 @@ def test_a_cache_that_the_model_makes_itself_is_followed() -> None:
 def test_a_cache_that_it_has_not_filled_is_refused() -> None:
     model = with_experts().eval()
     with torch.no_grad():
-        cache = model(IDS[:, :6], use_cache=True).past_key_values
+        cache = seeded(llama)(IDS[:, :6], use_cache=True).past_key_values
         with pytest.raises(
             Incompatible, match="x-lora 'mixed' does not know what this key-value cache holds"
         ):
-            model(IDS[:, 6:], past_key_values=copy.deepcopy(cache))
+            model(IDS[:, 6:], past_key_values=cache)
+
+
+def test_a_copied_cache_brings_that_of_the_first_pass_with_it() -> None:
+    model = with_experts(scale=3.0).eval()
+    router(model)[0].data.normal_()
+    with torch.no_grad():
+        full = model(IDS).logits
+        cache = model(IDS[:, :6], use_cache=True).past_key_values
+        for each in (copy.deepcopy(cache), cache):
+            last = model(IDS[:, 6:], past_key_values=each).logits
+            torch.testing.assert_close(last[:, 0], full[:, 6], atol=1e-5, rtol=1e-4)
+
+
+def test_models_of_two_stacks_are_refused() -> None:
+    model = rf.adapt(t5(), "x-lora", experts=2)
+    with pytest.raises(Incompatible, match="one stack, and an encoder-decoder has two"):
+        model(input_ids=IDS, labels=IDS)
 
 
 def test_the_file_stands_alone(tmp_path: Any) -> None:
@@ -142,3 +167,27 @@ def test_what_has_no_meaning_is_refused() -> None:
         rf.adapt(model, "x-lora", rank=3, experts=("lengths",), name="more")
     with pytest.raises(UnsupportedLayer, match="no hidden_size"):
         rf.adapt(nn.Sequential(nn.Linear(4, 4)), "x-lora", experts=2, targets="0")
+
+
+def test_the_same_expert_twice_is_refused() -> None:
+    with pytest.raises(InvalidOption, match="x-lora: experts names 'first' twice"):
+        rf.adapt(with_experts(), "x-lora", rank=3, experts=("first", "second", "first"), name="more")
+
+
+def test_experts_that_change_none_of_the_targets_are_refused() -> None:
+    model = with_experts()
+    sentence = r"x-lora: 'second' changes none of .*gate_proj.* \(2 targets\)"
+    with pytest.raises(InvalidOption, match=sentence):
+        rf.adapt(model, "x-lora", rank=3, experts=("second",), targets="*.gate_proj", name="more")
+    rf.adapt(model, "lora", rank=2, name="fresh")
+    with pytest.raises(InvalidOption, match="x-lora: 'fresh', 'second' change none of"):
+        rf.adapt(model, "x-lora", rank=3, experts=("fresh", "second"), targets="*.gate_proj", name="more")
+    assert "more" not in require(model).adapters
+    rf.adapt(model, "x-lora", rank=3, experts=("first", "second"), targets="*.gate_proj", name="more")
+
+
+def test_without_experts_it_says_what_they_may_be() -> None:
+    with pytest.raises(InvalidOption, match=r"experts=.*names of adapters.*or experts=4.*fresh"):
+        rf.adapt(seeded(llama), "x-lora")
+    with pytest.raises(InvalidOption, match="x-lora: experts must be a whole number or a list, not 'a'"):
+        rf.adapt(seeded(llama), "x-lora", experts="a")

@@ -1,6 +1,7 @@
 """`rankfold methods`: the catalogue."""
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +26,7 @@ def methods(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
 ) -> None:
-    """List the methods, or show one: formula, paper, options."""
+    """List the methods, or show one: formula, paper, options. Piped, the list has one line per method."""
     if axis is not None:
         _of_axis(rf.methods(), axis)
     if name is not None and axis is not None and "=" not in name:
@@ -40,8 +41,10 @@ def methods(
     found = _of_axis(rf.methods(), axis)
     if as_json:
         typer.echo(_json([method.to_dict() for method in found]))
-    else:
+    elif sys.stdout.isatty():
         Console().print(_table(found))
+    else:  # for grep and cut
+        typer.echo("\n".join("\t".join(_row(method)) for method in found))
 
 
 def _compose(name: str | None, axis: str | None, as_json: bool) -> None:
@@ -68,11 +71,16 @@ def _of_axis(found: list[Any], axis: str | None) -> list[Any]:
 
 
 def _table(found: list[Any]) -> Table:
-    table = Table(Column("method", no_wrap=True), "axis", "year", "formula", "title", box=None, pad_edge=False)
+    table = Table(
+        Column("method", no_wrap=True), "axis", "year", "formula", "title", box=None, pad_edge=False
+    )
     for method in found:
-        row = (method.name, method.axis, str(method.year), method.formula, method.title)
-        table.add_row(*map(escape, row))
+        table.add_row(*map(escape, _row(method)))
     return table
+
+
+def _row(method: Any) -> tuple[str, ...]:
+    return method.name, method.axis, str(method.year), method.formula, method.title
 
 
 def _page(method: Any) -> str:

@@ -18,7 +18,6 @@ from .adaptation import (
     warn_never_attached,
 )
 from .carrier import (
-    CacheMemory,
     Carrier,
     GateRule,
     ModelInputs,
@@ -49,7 +48,6 @@ __all__ = [
     "Adaptation",
     "Adapter",
     "Branch",
-    "CacheMemory",
     "Carrier",
     "FirstPass",
     "FoldError",

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import uuid
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidOption
+from ..errors import InvalidOption, near_names
 from ..weights import Gate, Gates
+from .cache import keep_with, kept_with
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # where the blocks of transformers keep theirs
 
@@ -42,6 +43,8 @@ class ModelInputs:
         kept: what rules and routers remember with the key-value cache; empty at its first forward.
         again: `again(gate, **changes)` runs the model once more on the same inputs, without gradients, with
             this gate in the place of the one to be computed and some arguments changed (None leaves one out).
+        in_use: the adapter whose gate is computed is in use.
+        two_stacks: the model has an encoder, which these inputs are for, and a decoder.
     """
 
     ids: Tensor | None
@@ -55,6 +58,8 @@ class ModelInputs:
     given: Mapping[str, Any] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
     again: Callable[..., Any] = field(default=lambda **changes: None, repr=False)
+    in_use: bool = True
+    two_stacks: bool = False
 
     @property
     def tokens(self) -> int:
@@ -70,16 +75,21 @@ class ModelInputs:
     def real(self) -> Tensor:
         """Return which tokens of the present call are no padding, (batch, token) bool."""
         real = torch.ones(self.batch, self.length or 1, dtype=torch.bool, device=self.device)
-        if self.mask is None or self.mask.dim() != 2 or self.mask.shape[1] < real.shape[1]:
+        mask = None if self.two_stacks else self.mask  # that of an encoder says nothing of its decoder
+        if mask is None or mask.dim() != 2 or mask.shape[1] < real.shape[1]:
             return real
-        return self.mask[:, -real.shape[1] :].bool()
+        return mask[:, -real.shape[1] :].bool()
 
     def prompt(self) -> Tensor:
-        """Return which real tokens come before the first label, or all without labels, (batch, token)."""
+        """Return which real tokens come before a row's first label, or all of them, (batch, token).
+
+        Where nothing but the first token does, the row has no prompt of its own.
+        """
         real = self.real()
-        if self.labels is not None and bool((self.labels == -100).any()):
-            real = real & ((self.labels != -100).cumsum(1) == 0)
-        return real
+        if self.labels is None:
+            return real
+        before = real & ((self.labels != -100).cumsum(1) == 0)
+        return torch.where(before.sum(1, keepdim=True) > 1, before, real)  # the first token never has a label
 
 
 class GateRule(Protocol):
@@ -87,27 +97,13 @@ class GateRule(Protocol):
 
     A rule with an attribute `remembers` that is true also sees the forwards in which its adapter is not in
     use. One with a method `own(model, adapter, shared)` is handed the model, the adapter's name and the
-    attributes of its shared tensors.
+    attributes of its shared tensors. One with an attribute `runs_model` that is true calls `inputs.again`: it
+    comes after the others, whose gates hold in that pass, while those of its own kind are closed. An
+    attribute `reads` names what it reads of `gate_inputs`.
     """
 
     def compute(self, inputs: ModelInputs) -> Tensor | Gate:
         """Return the gate, (batch, token), or with further axes and facts as a `Gate`."""
-
-
-@dataclass
-class CacheMemory:
-    """A value per key-value cache, forgotten with the cache."""
-
-    values: weakref.WeakKeyDictionary[Any, Any] = field(default_factory=weakref.WeakKeyDictionary)
-
-    def __deepcopy__(self, memo: Any) -> CacheMemory:
-        return CacheMemory()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: Any) -> None:
-        self.values = weakref.WeakKeyDictionary()
 
 
 class NeverRead(UserWarning):
@@ -131,7 +127,7 @@ class Carrier:
         self.extra: dict[str, Any] = {}
         self._root = (root,)
         self._handles: list[Any] = []
-        self._kept = CacheMemory()
+        self._mark = uuid.uuid4().hex  # of what it keeps with caches
         self._within = False
         self._unread = 0
 
@@ -160,8 +156,9 @@ class Carrier:
             return
         inputs = read_inputs(module, args, kwargs, self.extra)
         self._begin(inputs)
-        for key, rule in self.rules.items():
-            if key in self.wanted or getattr(rule, "remembers", False):
+        for key, rule in sorted(self.rules.items(), key=lambda item: _runs_model(item[1])):
+            inputs.in_use = key in self.wanted
+            if inputs.in_use or getattr(rule, "remembers", False):
                 inputs.again = functools.partial(self._once_more, module, args, kwargs, key)
                 value = rule.compute(inputs)
                 self.gates.current[key] = value if isinstance(value, Gate) else Gate(value[..., None])
@@ -181,21 +178,20 @@ class Carrier:
                 stacklevel=2,
             )
         gates.current, gates.collected, gates.drawn, gates.past = {}, {}, {}, inputs.past
-        gates.recording = torch.is_grad_enabled()
-        known = self._kept.values
-        if inputs.cache is None or not inputs.past or inputs.cache not in known:
-            gates.kept = {}
-        else:
-            gates.kept = known[inputs.cache]
+        gates.recording, gates.running = torch.is_grad_enabled(), True
+        known = kept_with(inputs.cache, self._mark) if inputs.past else None
+        gates.kept = inputs.kept = {} if known is None else known
         if inputs.cache is not None:
-            known[inputs.cache] = gates.kept
-        inputs.kept = gates.kept
+            keep_with(inputs.cache, self._mark, gates.kept)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep what this forward has decided with the cache that it has made."""
+        """Keep what this forward has decided with the cache that it has made; its gates are not read on."""
         cache = getattr(output, "past_key_values", None)
-        if not self._within and cache is not None and cache not in self._kept.values:
-            self._kept.values[cache] = self.gates.kept
+        if self._within:
+            return
+        self.gates.running = False
+        if cache is not None and kept_with(cache, self._mark) is None:
+            keep_with(cache, self._mark, self.gates.kept)
 
     @torch.no_grad()
     def _once_more(
@@ -206,12 +202,16 @@ class Carrier:
             tuple(changes.pop(n, value) for n, value in zip(names, args, strict=False)) + args[len(names) :]
         )
         kwargs = {name: value for name, value in {**kwargs, **changes}.items() if value is not None}
-        closed = Gate(torch.zeros_like(gate.values[..., :1]), opened=frozenset())
-        self.gates.current = {**dict.fromkeys(self.wanted, closed), **self.gates.current, key: gate}
+        closed, gates = Gate(torch.zeros_like(gate.values[..., :1]), opened=frozenset()), self.gates
+        known = {k: g for k, g in gates.current.items() if not _runs_model(self.rules[k])}
+        before = gates.current, gates.collected, gates.drawn, gates.recording
+        gates.current = {**dict.fromkeys(self.wanted, closed), **known, key: gate}
+        gates.collected, gates.drawn, gates.recording = {}, {}, False
         self._within = True
         try:
             return module(*args, **kwargs)
         finally:
+            gates.current, gates.collected, gates.drawn, gates.recording = before
             self._within = False
 
     def read_collected(self) -> dict[str, Callable[[], Tensor]]:
@@ -310,6 +310,7 @@ def read_inputs(
         cache=cache,
         device=leading.device,
         given={**given, **(extra or {})},
+        two_stacks=bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)),
     )
 
 
@@ -324,6 +325,7 @@ def gate_inputs(model: nn.Module, **inputs: Any) -> Iterator[nn.Module]:
 
     Raises:
         NotAdapted: the model holds no adapter.
+        InvalidOption: no adapter reads an input of such a name.
 
     Example:
         >>> import torch, rankfold as rf
@@ -336,6 +338,11 @@ def gate_inputs(model: nn.Module, **inputs: Any) -> Iterator[nn.Module]:
     from .adaptation import require
 
     carrier = require(model).carrier
+    read = sorted({name for rule in carrier.rules.values() for name in getattr(rule, "reads", ())})
+    for name in inputs:
+        if name not in read:
+            listed = near_names(name, read) or f"; they read {', '.join(read) or 'none'}"
+            raise InvalidOption(f"no adapter of the model reads the gate input {name!r}{listed}")
     before, carrier.extra = carrier.extra, {**carrier.extra, **inputs}
     try:
         yield model
@@ -371,6 +378,10 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     losses = [loss() for loss in require(model).carrier.read_collected().values()]
     device = losses[0].device if losses else next(model.parameters()).device
     return torch.stack(losses).sum() if losses else torch.zeros((), device=device)
+
+
+def _runs_model(rule: GateRule) -> bool:
+    return bool(getattr(rule, "runs_model", False))
 
 
 def _length(cache: Any) -> int:

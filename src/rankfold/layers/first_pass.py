@@ -45,31 +45,10 @@ class FirstPass:
             )
         if own is None and inputs.cache is not None:
             own = copy.deepcopy(inputs.cache)
-            _follow(inputs.cache, own)
         with last_hidden(model) as seen:
             output = inputs.again(gate, labels=None, past_key_values=own)
         inputs.kept[self.name] = getattr(output, "past_key_values", None)
         return seen[-1]
-
-
-def _follow(cache: Any, own: Any) -> None:
-    """Let what is done to a cache between forwards be done to another one too."""
-    for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset"):
-        method = getattr(type(cache), name, None)
-        if method is not None:
-            cache.__dict__[name] = _Both(method, cache, own)
-
-
-class _Both:
-    def __init__(self, method: Any, *caches: Any) -> None:
-        self.method, self.caches = method, caches
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        results = [self.method(cache, *args, **kwargs) for cache in self.caches]
-        return results[0]
-
-    def __deepcopy__(self, memo: Any) -> _Both:
-        return _Both(self.method, copy.deepcopy(self.caches[0], memo))  # nothing follows a copy
 
 
 @contextlib.contextmanager

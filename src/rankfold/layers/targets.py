@@ -231,7 +231,10 @@ def _nothing(model: nn.Module, pattern: str | re.Pattern[str], found: list[Targe
     if refused and text not in PRESETS:
         path, module = refused[0]
         kind = type(module).__name__
-        raise UnsupportedLayer(f"target {text!r} matches {path}, but {kind} {why_refused(module)}")
+        inside = [t.path for t in found if t.path.startswith(f"{path}.")]
+        raise UnsupportedLayer(
+            f"target {text!r} matches {path}, but {kind} {why_refused(module)}{_instead(inside)}"
+        )
     names = {t.path.rpartition(".")[2] for t in found} | {t.path for t in found} | set(PRESETS)
     listed = sorted({t.path.rpartition(".")[2] for t in found if not t.path.rpartition(".")[2].isdigit()})
     hint = (
@@ -241,6 +244,12 @@ def _nothing(model: nn.Module, pattern: str | re.Pattern[str], found: list[Targe
     if kind_of(model) is not None:
         hint = ", which is itself a layer; wrap it, for example in nn.Sequential"
     raise UnknownTarget(f"target {text!r} matches nothing in {type(model).__name__}{hint}")
+
+
+def _instead(paths: Sequence[str]) -> str:
+    """Return the end of a sentence that names what can be adapted inside of what cannot."""
+    more = ", ..." if len(paths) > 4 else ""
+    return f"; name what is inside it: {', '.join(paths[:4])}{more}" if paths else ""
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:

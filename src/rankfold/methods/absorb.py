@@ -21,14 +21,19 @@ def absorb(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Raises:
         NotAdapted: the model holds no such adapter.
-        Incompatible: it is no memory, another adapter holds a projection, or the model's configuration, which
-            has one width for all blocks, could not say how wide they are.
+        Incompatible: it is no memory or not in use, another adapter holds a projection, or the model's
+            configuration, which has one width for all blocks, could not say how wide they are.
     """
     adaptation = require(model)
     adapter = adaptation.adapter(name)
     memories = {path: branch for path, (branch, _) in adapter.branches.items() if isinstance(branch, Memory)}
     if not memories:
         raise Incompatible(f"the adapter {adapter.name!r} has no memories of locas that could be absorbed")
+    if adapter.name not in adaptation.active:
+        raise Incompatible(
+            f"the adapter {adapter.name!r} is not in use, and absorbing it would change what the model "
+            "computes; call rankfold.use(model, name) first, and absorb outside of rankfold.disabled"
+        )
     blocks = {path: _own_block(model, path) for path in memories}
     configs = _configs(model, {path: len(memory.gate) for path, memory in memories.items()})
     adaptation.base_values.update({k: v.clone() for k, v in adaptation.whole(adapter.name).items()})

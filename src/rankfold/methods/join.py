@@ -31,7 +31,8 @@ def join(model: nn.Module, content: str, style: str, name: str = "joined") -> nn
 
     Raises:
         NotAdapted: there is no such adapter.
-        Incompatible: they are not of this structure, not alike, or drawn from other seeds.
+        Incompatible: they are not of this structure, not alike, or drawn from other seeds; or one has not
+            trained the half that is taken of it.
     """
     adaptation = require(model)
     first, second = (_halves(adaptation, each) for each in (content, style))
@@ -45,6 +46,8 @@ def join(model: nn.Module, content: str, style: str, name: str = "joined") -> nn
             f"{content!r} and {style!r} cannot be joined: both have to be of break-for-make, with the same "
             "seed, options, ranks and targets, and without modules trained whole"
         )
+    _refuse_frozen_half(content, records[0], "content", "D")
+    _refuse_frozen_half(style, records[1], "style", "B")
     record, recipe = records[1], points[1]
     assert recipe is not None
     paths = re.compile("|".join(map(re.escape, record["targets"])))
@@ -64,6 +67,17 @@ def _of_both(record: Mapping[str, Any]) -> Recipe | None:
     """Return the point with both halves trained, or None where it is of another structure."""
     name, options = split_part(Recipe.from_dict(record["recipe"]).structure)
     return Recipe((name, {**options, "part": "both"})) if name == "break-for-make" else None
+
+
+def _refuse_frozen_half(name: str, record: Mapping[str, Any], wanted: str, half: str) -> None:
+    """Refuse an adapter whose half that would be taken has stayed as it was drawn."""
+    part = split_part(Recipe.from_dict(record["recipe"]).structure)[1]["part"]
+    if part not in (wanted, "both"):
+        trained = "B" if half == "D" else "D"
+        raise Incompatible(
+            f"{name!r} has trained {trained} alone, with part={part!r}, and {half} of {wanted} is taken from "
+            f"it; call join(model, content, style) with an adapter of part={wanted!r} or 'both' there"
+        )
 
 
 def _halves(adaptation: Adaptation, name: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ Wang et al. 2025. Time has slots of T steps; in slot s the weights of block s mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ class Localisation(Dynamics):
         asynchronous: one block records in every slot; else all do in the first of every D slots.
     """
 
+    owner: ClassVar[str] = "losia"  # whose options these are, for sentences
+
     interval: int = 100
     beta1: float = 0.85
     beta2: float = 0.85
@@ -47,9 +50,9 @@ class Localisation(Dynamics):
     asynchronous: bool = True
 
     def __post_init__(self) -> None:
-        in_range("losia", "[1, inf)", interval=self.interval)
-        in_range("losia", "[0, 1)", beta1=self.beta1, beta2=self.beta2)
-        one_of("losia", IMPORTANCES, importance=self.importance)
+        in_range(self.owner, "[1, inf)", interval=self.interval)
+        in_range(self.owner, "[0, 1)", beta1=self.beta1, beta2=self.beta2)
+        one_of(self.owner, IMPORTANCES, importance=self.importance)
 
     def watch(self, run: Run) -> list[RemovableHandle]:
         """Form the whole gradients of the weights that are recording, and of no other."""

@@ -48,30 +48,39 @@ class Softmax:
         first = torch.nn.functional.one_hot(shares.argmax(-1), experts) * counted
         frequency, mean = (part.flatten(0, -2).sum(0) / count for part in (first, shares * counted))
         loss = self.balance * experts * (frequency * mean).sum()
-        router.gates.collect(router.layer_name, lambda: loss)
+        router.gates.collect(router.place, lambda: loss)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Draws k experts in training and takes the top k otherwise; `per` is "sequence" or "token"."""
+    """Draws k experts in training and takes the top k otherwise; `per` is "sequence" or "token".
+
+    Args:
+        top_k: k.
+        per: what draws its own.
+        weight: the gate of every chosen expert; None for 1 / k.
+    """
 
     top_k: int
     per: str
+    weight: float | None = None
     draws: ClassVar[bool] = True
 
     @torch.no_grad()
     def __call__(self, router: Router, x: Tensor) -> Tensor:
-        """Return the gates, 1 / k at the chosen experts and 0 elsewhere."""
+        """Return the gates, the weight at the chosen experts and 0 elsewhere."""
         read = self._read(router, x)
         chosen = self._chosen(router, router.logits(read))
         if router.training:
             counted = router.counted(read) if self.per == "token" else 1.0
             router.gates.draw(
-                router.layer_name,
+                router.place,
                 lambda: (log_probability(router.logits(read), chosen) * counted).flatten(1).sum(1),
             )
         gates = torch.zeros(*read.shape[:-1], router.shape[0], device=x.device)
-        return gates.scatter_(-1, chosen, 1 / self.top_k)
+        gates.scatter_(-1, chosen, 1 / self.top_k if self.weight is None else self.weight)
+        places = x.shape[1:-1] if self.per == "token" else [1] * (x.dim() - 2)
+        return gates.reshape(x.shape[0], *places, -1)
 
     def _read(self, router: Router, x: Tensor) -> Tensor:
         """Return x (batch, token, in), or its mean over the prompt, (batch, 1, in)."""
@@ -85,11 +94,11 @@ class Drawn:
         if router.training:
             noise = -torch.empty_like(logits).exponential_().log()  # Gumbel: the k largest are such a draw
             return (logits + noise).topk(self.top_k, -1).indices
-        kept, name = router.gates.kept, router.layer_name
+        kept, name = router.gates.kept, router.place
         if self.per != "token" and router.gates.past and name not in kept:
             raise Incompatible(
-                f"{name}: remix does not know which experts the prompt in this key-value cache was given; "
-                "pass a cache that this adapter has filled, or none, or adapt with per='token'"
+                f"{router.layer_name}: remix does not know which experts the prompt in this key-value cache "
+                "was given; pass a cache that this adapter has filled, or none, or adapt with per='token'"
             )
         if self.per == "token" or not router.gates.past:
             kept[name] = logits.topk(self.top_k, -1).indices

@@ -14,6 +14,7 @@ from ..catalogue import (
     Method,
     StepZero,
     axes_of,
+    exact_base,
     find_method,
     get,
     load_all,
@@ -30,6 +31,7 @@ __all__ = [
     "StepZero",
     "axes_of",
     "dynamics",
+    "exact_base",
     "find_method",
     "get",
     "init",
@@ -79,6 +81,8 @@ def structure(
     one_graph: bool = True,
     keeps: Callable[[str, Mapping[str, Any]], bool] = lambda path, options: True,
     needs: Needs = (),
+    inputs: Sequence[str] = (),
+    permanent: str = "",
     **about: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a structure: `build(site, rank, *, options) -> Weight` (or a Branch, for `activations`).
@@ -111,6 +115,9 @@ def structure(
         one_graph: it compiles to one graph; one that looks at its inputs from Python does not.
         keeps: `keeps(path, options)`, for `activations`: which of the modules that a preset finds it edits.
         needs: as for an initialiser; with `activations`, of the linear layers inside the edited modules.
+        inputs: what its gate reads that is no argument of a usual model, such as classes or regions, by the
+            names that `gate_inputs` takes.
+        permanent: dotted name of the function that makes its change permanent where it cannot be folded.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
     traits = {
@@ -119,7 +126,7 @@ def structure(
         "targets": targets, "example": dict(example or {}), "refuses": tuple(refuses),
         "pairs": pairs, "sides": sides, "entries": entries, "training": training,
         "apart": tuple(apart), "chooses": chooses, "one_graph": one_graph,
-        "keeps": keeps, "needs": needs,
+        "keeps": keeps, "needs": needs, "inputs": tuple(inputs), "permanent": permanent,
     }  # fmt: skip
     return register("structure", name, **about, traits=traits)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +69,36 @@ def taken_factors(site: Site, adapter: str, rank: int, method: str) -> Factors:
     return Factors(up, down, "displaced")
 
 
+def check_taken(
+    sites: Mapping[str, Any], ranks: Mapping[str, int], adapters: Sequence[str], method: str
+) -> None:
+    """Refuse adapters to be taken of which one is named twice, or which leave all the weights as they are.
+
+    Args:
+        sites: the weights, by path.
+        ranks: of the factors, by path.
+        adapters: their names.
+        method: that takes them.
+
+    Raises:
+        InvalidOption: that is so.
+    """
+    twice = next((name for name in adapters if list(adapters).count(name) > 1), None)
+    if twice is not None:
+        raise InvalidOption(f"{method}: experts names {twice!r} twice")
+    pairs = (
+        taken_factors(site, name, ranks[path], method) for path, site in sites.items() for name in adapters
+    )
+    blank = any(site.blank for site in sites.values())
+    if not blank and not any((pair.up.any(0) & pair.down.any(1)).any() for pair in pairs):
+        names, paths = ", ".join(map(repr, adapters)), list(sites)
+        more = "" if len(paths) < 4 else ", ..."
+        raise InvalidOption(
+            f"{method}: {names} change{'s' * (len(adapters) == 1)} none of {', '.join(paths[:3])}{more} "
+            f"({len(paths)} targets): train them first, or name targets that they change"
+        )
+
+
 def log_probability(logits: Tensor, chosen: Tensor) -> Tensor:
     """Return log p of drawing these experts in this order without replacement, (...).
 
@@ -94,6 +124,8 @@ def example_losses(model: nn.Module, batch: Any) -> Tensor:
     Cross-entropy for whole numbers, of the next token where there are logits per token; for fractions the
     mean square, or with several of them per example the binary cross-entropy.
     """
+    if "labels" not in batch:
+        raise InvalidOption("remix_loss reads batch['labels']; pass loss=callable(model, batch) otherwise")
     labels: Tensor = batch["labels"]
     logits: Tensor = model(**batch).logits.float()
     if labels.is_floating_point() and labels.dim() == 2:
@@ -106,6 +138,16 @@ def example_losses(model: nn.Module, batch: Any) -> Tensor:
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
     mean: Tensor = losses.sum(1) / (labels != -100).sum(1).clamp_min(1)
     return mean
+
+
+def _per_example(losses: Any) -> Tensor:
+    if not isinstance(losses, Tensor) or losses.dim() != 1:
+        given = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise InvalidOption(
+            f"remix_loss needs the loss of every example, (batch,), not {given}: a loss that is a mean "
+            "already tells the router nothing"
+        )
+    return losses
 
 
 def draws_experts(model: nn.Module) -> bool:
@@ -130,17 +172,22 @@ def remix_loss(
 
     Raises:
         NotAdapted: no adapter of the model has drawn experts.
-        InvalidOption: fewer than two draws.
+        InvalidOption: fewer than two draws, or the loss is not one of every example.
     """
     if draws < 2:
         raise InvalidOption(f"remix compares draws with each other: draws must be at least 2, not {draws}")
     losses, scores = [], []
     for _ in range(draws):
-        losses.append((loss or example_losses)(model, batch))
+        losses.append(_per_example((loss or example_losses)(model, batch)))
         left = require(model).carrier.read_drawn().values()
         if not left:
             raise NotAdapted("no remix adapter has drawn experts: adapt with remix, and call model.train()")
         scores.append(torch.stack([score() for score in left]).sum(0))
+        if losses[-1].shape != scores[-1].shape:
+            raise InvalidOption(
+                f"remix_loss needs the loss of every example, {tuple(scores[-1].shape)}, not one of shape "
+                f"{tuple(losses[-1].shape)}"
+            )
     rewards, log_p = torch.stack(losses), torch.stack(scores)
     advantage = (rewards - rewards.mean(0)).detach() / (draws - 1)
     policy = (advantage * (log_p - log_p.detach())).sum(0).mean()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rankfold.errors import MissingDependency
 from rankfold.layers import adaptation_of
 from rankfold.methods.attach import attach
-from rankfold.training.routed import adapted_root, add_to_loss
+from rankfold.training.routed import adapted_root, add_to_loss, adds_losses, refuse_unrouted
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback as Base
@@ -28,7 +28,10 @@ def TrainerCallback(  # noqa: N802  # stands where the library's class of that n
         optimizer = torch.optim.AdamW(rf.param_groups(model, lr=1e-3))
         Trainer(model, ..., callbacks=[rf.TrainerCallback()], optimizers=(optimizer, None))
 
-    The balance losses of routed mixtures are added to the loss that the model returns.
+    The balance losses of routed mixtures are added to the loss that the model returns. Experts that are drawn
+    (remix) learn by a loss of their own, so their Trainer has to be the class that
+    `rankfold.training.routed.routed_trainer()` returns, or one derived from it; another is refused when
+    training begins (`Incompatible`).
 
     Args:
         validation: batches, for dynamics that need them.
@@ -70,7 +73,9 @@ def TrainerCallback(  # noqa: N802  # stands where the library's class of that n
                 self.on_train_end(args, state, control)
             adapted = adapted_root(model) or model
             if adaptation_of(adapted) is not None:
-                self.hook = add_to_loss(adapted, args.gradient_accumulation_steps)
+                refuse_unrouted(adapted)
+                if not adds_losses():
+                    self.hook = add_to_loss(adapted, args.gradient_accumulation_steps)
             scheduler = kwargs.get("lr_scheduler")
             self.handle = attach(
                 adapted,

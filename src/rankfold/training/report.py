@@ -83,14 +83,19 @@ class RunResult:
 
     @property
     def next_command(self) -> str:
-        """A command that makes a stock checkpoint of the result, or that loads one which has no such form."""
+        """A command that makes a stock checkpoint of the result, or loads a result that has no such form."""
         out, model = str(self.out), self.config.model
         structure, _ = split_part(rf.parse_point(self.config.method).structure)
         traits = rf.find_method(f"structure={structure}").traits
         if traits["gate"] is None and not traits["activations"]:
             return shlex.join(["rankfold", "fold", out, "--model", model, "--out", f"{out}-folded"])
         program = f"from rankfold.training.adapter import load_adapted; _, base = load_adapted({out!r})"
-        return shlex.join(["python", "-i", "-c", program])
+        if not traits["permanent"]:
+            return shlex.join(["python", "-i", "-c", program])
+        folder = f"{out}-{traits['permanent'].rpartition('.')[2]}ed"
+        saved = f"{traits['permanent']}(base.model).save_pretrained({folder!r})"
+        program += f"; import rankfold; {saved}; base.tokenizer.save_pretrained({folder!r})"
+        return shlex.join(["python", "-c", program])
 
     @property
     def facts(self) -> dict[str, str]:

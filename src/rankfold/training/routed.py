@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from rankfold.errors import Incompatible
 from rankfold.layers import adaptation_of, auxiliary_loss
 from rankfold.methods.routing import draws_experts, remix_loss
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import Trainer
+
+
+# A callback is not told which Trainer calls it.
+_ROUTED: ContextVar[bool] = ContextVar("rankfold_routed_trainer", default=False)
 
 
 def routed_trainer() -> type[Trainer]:
@@ -23,6 +29,14 @@ def routed_trainer() -> type[Trainer]:
 
     class RoutedTrainer(Trainer):
         """Adds what the layers of an adapted model want to the loss of training."""
+
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            """Train, and let callbacks know that the losses of routers are seen to."""
+            token = _ROUTED.set(True)
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                _ROUTED.reset(token)
 
         def compute_loss(
             self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -38,6 +52,25 @@ def routed_trainer() -> type[Trainer]:
             return loss + auxiliary_loss(root).to(loss) / steps
 
     return RoutedTrainer
+
+
+def adds_losses() -> bool:
+    """Say whether the Trainer that is training adds the losses of routers itself."""
+    return _ROUTED.get()
+
+
+def refuse_unrouted(model: nn.Module) -> None:
+    """Refuse experts that are drawn in a Trainer that gives their router no gradient.
+
+    Raises:
+        Incompatible: an adapter in use draws experts, and no routed Trainer is training.
+    """
+    if draws_experts(model) and not adds_losses():
+        raise Incompatible(
+            "the router of experts that are drawn (remix) learns by rankfold.remix_loss alone, which this "
+            "Trainer does not compute: take the class of rankfold.training.routed.routed_trainer(), or "
+            "derive yours from it"
+        )
 
 
 def adapted_root(model: nn.Module) -> nn.Module | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import rankfold as rf
-from rankfold.errors import InvalidOption
+from rankfold.errors import Incompatible, InvalidOption
 from rankfold.layers import require, task_heads
 from rankfold.methods.attach import attachable
 from rankfold.methods.recipe import resolve, split_part
@@ -62,6 +62,18 @@ def recipe(method: str, options: dict[str, Any]) -> rf.Recipe:
     return chosen
 
 
+def _refuse_inputs(point: rf.Recipe) -> None:
+    """Refuse a structure whose gate reads what the data of a run cannot give."""
+    name, _ = split_part(point.structure)
+    inputs = get("structure", name).traits["inputs"]
+    if inputs:
+        given = ", ".join(f"{each}=..." for each in inputs)
+        raise Incompatible(
+            f"{name} reads {' and '.join(inputs)}, which no column of the data gives: train it in a loop of "
+            f"your own, calling the model within rankfold.gate_inputs(model, {given})"
+        )
+
+
 def _with_option(parts: Sequence[Any], option: str, value: Any) -> tuple[Any, ...]:
     """Give an option to the one dynamics that has it."""
     names = [split_part(part)[0] for part in parts]
@@ -79,9 +91,10 @@ def _with_option(parts: Sequence[Any], option: str, value: Any) -> tuple[Any, ..
 
 def plan_run(config: RunConfig) -> RunPlan:
     """Find what `config` would adapt and what that costs; nothing is written and nothing trains."""
+    point = recipe(config.method, config.set)
+    _refuse_inputs(point)
     prepared = prepare(config)
     config = prepared.config
-    point = recipe(config.method, config.set)
     plan = rf.plan(prepared.base.model, point, **_adapt_arguments(prepared, point))
     longest = max(len(example["input_ids"]) for example in prepared.training)
     memory = predict_memory(prepared.base.model, plan.trainable, config.batch_size * longest)
@@ -116,6 +129,7 @@ def run(
         raise InvalidOption("a run needs a folder for its adapter: name one with --out")
     folder = RunFolder(Path(config.out))
     point = recipe(config.method, config.set)
+    _refuse_inputs(point)
     if is_main_process():
         folder.check(resume=resume, overwrite=overwrite)
     arguments = _training_arguments(config, folder)

@@ -133,13 +133,18 @@ class Router(Weight):
         matrix: leaf R (E, in).
         gates: of the model.
         key: of the gate that says which tokens count: (batch, token), 0 for padding.
-        name: of the layer, unique in the model.
+        name: of the layer.
         policy: `policy(router, x)` returns gates (batch, token or 1, expert).
     """
 
     def __init__(self, matrix: Leaf, gates: Gates, key: str, name: str, policy: Policy) -> None:
         super().__init__((matrix.shape[0], matrix.shape[1]))
         self.matrix, self.gates, self.key, self.layer_name, self.policy = matrix, gates, key, name, policy
+
+    @property
+    def place(self) -> str:
+        """What the router leaves and remembers goes by, unique in the model: layer and adapter."""
+        return f"{self.layer_name} ({self.key})"
 
     def dense(self) -> Tensor:
         """Return R, (E, in)."""

@@ -8,6 +8,7 @@ Recomputation under gradient checkpointing restores the gates of the forward tha
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,6 +68,7 @@ class Gates:
         collected: losses that the layers of this forward leave, by layer.
         drawn: log-probabilities (batch,) of what the layers of this forward have drawn, by layer.
         recording: the forward of the whole model records gradients.
+        running: it has begun and not ended.
         replaying: a checkpointed part is being computed again.
     """
 
@@ -76,11 +78,32 @@ class Gates:
         self.past = 0
         self.collected: dict[str, Callable[[], Tensor]] = {}
         self.drawn: dict[str, Callable[[], Tensor]] = {}
-        self.recording = self.replaying = False
+        self.recording = self.replaying = self.running = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gates:
         made = memo[id(self)] = Gates()
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # what belongs to a forward is not kept in files
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block the gates of the last forward can be read though it has ended."""
+        before, self.running = self.running, True
+        try:
+            yield
+        finally:
+            self.running = before
+
+    def _readable(self) -> bool:
+        """Whether a forward of the whole model runs, or a part of one is computed again for its gradients."""
+        if torch.compiler.is_compiling() or self.running or self.replaying:
+            return True
+        return bool(torch._C._current_graph_task_id() >= 0)
 
     def gate(self, key: str) -> Gate:
         """Return a gate.
@@ -89,10 +112,8 @@ class Gates:
             NotDense: it is not set.
         """
         gate = self.current.get(key)
-        if gate is None:
-            raise NotDense(
-                f"the gate {key!r} is not set: call the whole adapted model, not one of its layers"
-            )
+        if gate is None or not self._readable():
+            raise NotDense(f"the gate {key!r} is not set: call the whole adapted model, not one of its parts")
         return gate
 
     def read(self, key: str, x: Tensor) -> Tensor:
@@ -106,19 +127,26 @@ class Gates:
         if values is None:
             raise NotDense(
                 f"the gate {key!r} is for (batch, token) = {tuple(gate.values.shape[:2])}, the input is "
-                f"{tuple(x.shape)}"
+                f"{tuple(x.shape)}; leave out of the targets what reads something else than the model's own "
+                "sequence, such as poolers and the keys and values of cross-attention"
             )
         return values.to(x.dtype)
 
     def collect(self, name: str, loss: Callable[[], Tensor]) -> None:
         """Leave a loss of a layer to be asked for after the forward; nothing is left by a recomputation."""
         if not self.replaying:
-            self.collected[name] = loss
+            self.collected[_unused(name, self.collected)] = loss
 
     def draw(self, name: str, score: Callable[[], Tensor]) -> None:
         """Leave the log-probability (batch,) of what a layer has drawn; nothing by a recomputation."""
         if not self.replaying:
-            self.drawn[name] = score
+            self.drawn[_unused(name, self.drawn)] = score
+
+
+def _unused(name: str, left: dict[str, Callable[[], Tensor]]) -> str:
+    """Return a name under which nothing was left yet: a layer may be called several times in a forward."""
+    called = sum(known.split("#")[0] == name for known in left) if name in left else 0
+    return f"{name}#{called}" if called else name
 
 
 class Gated(Weight):

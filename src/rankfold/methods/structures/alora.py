@@ -39,6 +39,14 @@ from ..site import Site
 def alora(
     site: Site, rank: int, *, invocation: Sequence[int] = (), alpha: float | None = None, dropout: float = 0.0
 ) -> Weight:
-    """Return W0 plus the gated change; invocation is a sequence of token ids, dropout in [0, 1)."""
+    """Return W0 plus the gated change.
+
+    Args:
+        site: the weight.
+        rank: inner dimension of B A.
+        invocation: token ids, at least one, that the change acts from onwards.
+        alpha: numerator of the scaling; the rank by default.
+        dropout: probability, in [0, 1), of dropping an input entry of the change while training.
+    """
     change = site.low_rank(rank, site.scaling(alpha, rank), dropout)
     return site.base + Gated(change, site.gates, site.gate_key)

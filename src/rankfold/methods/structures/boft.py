@@ -36,7 +36,7 @@ def butterfly(columns: int, half: int, level: int) -> Tensor:
     title="Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization",
     year=2023,
     arxiv="2311.06243",
-    code="Zeju1997/oft",
+    code="wy1iu/butterfly-oft",
     formula="W = W0 prod_l P_l^T blockdiag((I + S_lj) (I - S_lj)^-1) P_l",
     start=near_base(1e-5),
     rank=None,

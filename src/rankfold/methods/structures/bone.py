@@ -37,7 +37,12 @@ def largest_shard(shape: tuple[int, int]) -> int:
     limit=largest_shard,
 )
 def bone(site: Site, rank: int) -> Weight:
-    """Return W0 + (W0 + I) B by shards of the largest size up to the rank that divides both sides."""
+    """Return W0 + (W0 + I) B.
+
+    Args:
+        site: the weight.
+        rank: side of a shard; where it does not divide both sides of the weight, the next smaller that does.
+    """
     common = math.gcd(*site.shape)
     size = max(d for d in range(1, rank + 1) if common % d == 0)
     if size == 1 < rank:

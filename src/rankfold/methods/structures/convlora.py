@@ -38,7 +38,7 @@ def convlora(site: Site, rank: int, *, alpha: float | None = None) -> Weight:
 
     Args:
         site: the weight.
-        rank: r.
+        rank: r; the inner dimension is r times the height of the window.
         alpha: numerator of the scaling alpha / r; r by default.
     """
     return site.base + viewed_change(site, inner_rank(site, rank), site.scaling(alpha, rank))

@@ -55,7 +55,13 @@ def polyadic_change(site: Site, rank: int, scaling: float) -> Weight:
 
 @structure("cp-lora", formula="W = W0 + s sum_t P_t o Q_t o S_t o T_t", **PAPER)
 def cp_lora(site: Site, rank: int, *, alpha: float | None = None) -> Weight:
-    """Return W0 plus a sum of outer products; alpha is the numerator of the scaling, the rank by default."""
+    """Return W0 plus a sum of outer products.
+
+    Args:
+        site: the weight.
+        rank: how many outer products.
+        alpha: numerator of the scaling; the rank by default.
+    """
     return site.base + polyadic_change(site, rank, site.scaling(alpha, rank))
 
 

@@ -27,7 +27,13 @@ from ..site import Site
     rank=None,
 )
 def diablo(site: Site, *, blocks: int = 64, dropout: float = 0.0) -> Weight:
-    """Return W0 plus at most `blocks` trained diagonal blocks; dropout in [0, 1) acts on their input."""
+    """Return W0 plus trained diagonal blocks.
+
+    Args:
+        site: the weight.
+        blocks: N, how many there are at most, at least 1.
+        dropout: probability, in [0, 1), of dropping an input entry of the change while training.
+    """
     if blocks < 1 or not 0 <= dropout < 1:
         raise InvalidOption(f"diablo needs blocks >= 1 and dropout in [0, 1), not {blocks} and {dropout}")
     out, columns = site.shape

@@ -32,5 +32,10 @@ def modulated(site: Site, rank: int) -> Weight:
     rank=32,
 )
 def hira(site: Site, rank: int) -> Weight:
-    """Return W0 . (1 + B A)."""
+    """Return W0 . (1 + B A).
+
+    Args:
+        site: the weight.
+        rank: inner dimension of B A.
+    """
     return modulated(site, rank)

@@ -37,7 +37,12 @@ from ..site import Site
     multiple=lambda options: 2,
 )
 def hra(site: Site, rank: int) -> Weight:
-    """Return W0 H; rank is the even number of reflections."""
+    """Return W0 H.
+
+    Args:
+        site: the weight.
+        rank: how many reflections, an even number.
+    """
     half = site.uniform("vectors", site.shape[1], rank // 2, bound=1 / math.sqrt(rank // 2))
     vectors = site.trained(half.repeat_interleave(2, dim=1), "vectors")
     return site.base @ Reflections(vectors)

@@ -34,7 +34,12 @@ from .hira import modulated
     entries=True,
 )
 def hut(site: Site, rank: int) -> Weight:
-    """Return W0 . (U V)."""
+    """Return W0 . (U V).
+
+    Args:
+        site: the weight.
+        rank: inner dimension of U V.
+    """
     if rank == 1 and site.rule is None and site.init is not None and site.init[0].name == "ones":
         factors = site.factors(rank)
         up, down = site.trained(factors.up[:, 0], "up"), site.trained(factors.down[0], "down")

@@ -39,6 +39,7 @@ from ..site import Site
     start=not_base("components drawn anew, of a linear layer's variance: it trains from scratch"),
     layers=("linear",),
     gate=class_gate,
+    inputs=("classes",),
     sides=True,
     entries=True,
     one_graph=False,
@@ -51,10 +52,19 @@ def kind(
 
     Args:
         site: the weight.
-        rank: r, learngenes of a weight.
-        classes: C.
-        tailor: t, components of a class.
+        rank: r, how many learngenes a weight has.
+        classes: C, how many there are, at least 1.
+        tailor: t, how many components every class has of its own.
         learngenes: another kind adapter of the model, whose learngenes are copied and frozen; else trained.
+
+    Example:
+        >>> import torch, rankfold as rf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        >>> model = rf.adapt(model, "kind", rank=2, classes=3, targets=["0"])
+        >>> with rf.gate_inputs(model, classes=torch.tensor([0, 2])):  # the class of every row
+        ...     output = model(torch.ones(2, 16))
+        >>> torch.equal(output[0], output[1])
+        False
     """
     if not 1 <= tailor <= min(site.shape):
         raise InvalidRank(f"{site.path}: tailor must be from 1 to {min(site.shape)}, not {tailor}")

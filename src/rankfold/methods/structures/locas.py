@@ -77,6 +77,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     activations=True,
     targets="gated-mlp",
     needs=("column_norm",),
+    permanent="rankfold.absorb",
 )
 def locas(site: OutputSite, rank: int, *, scale: float = 1.0) -> Branch:
     """Return the memory beside a gated feed-forward block.

@@ -14,6 +14,7 @@ Deviations: W2 of a convolution has no Tucker form; rank dropout is left out.
 
 import math
 
+from ...errors import InvalidOption
 from ...weights import Kronecker, Weight
 from ..registry import structure
 from ..site import Site
@@ -30,9 +31,9 @@ def factorise(size: int, wanted: int | None) -> tuple[int, int]:
         >>> factorise(60, None), factorise(60, 4), factorise(60, 7), factorise(7, None)
         ((6, 10), (4, 15), (6, 10), (1, 7))
     """
-    if wanted is not None and wanted > 0 and size % wanted == 0:
+    if wanted is not None and size % wanted == 0:
         return min(wanted, size // wanted), max(wanted, size // wanted)
-    bound = min(math.isqrt(size), size if wanted is None else max(1, wanted))
+    bound = min(math.isqrt(size), size if wanted is None else wanted)
     small = max(d for d in range(1, bound + 1) if size % d == 0)
     return small, size // small
 
@@ -60,9 +61,12 @@ def lokr(
         site: the weight.
         rank: of W2, and of W1 where it is a product; any, for full factors take over.
         alpha: numerator of the scaling; the rank by default.
-        factor: the size of W1 on either side where it divides, else a bound; None: near to W2's.
+        factor: the size of W1 on either side where it divides, else a bound; None or -1: near to W2's.
         decompose_both: let W1 be a product too where that is smaller.
     """
+    factor = None if factor == -1 else factor  # as LyCORIS and peft write it
+    if factor is not None and factor < 1:
+        raise InvalidOption(f"lokr: factor must be at least 1, or None or -1 for near sizes, not {factor}")
     window = math.prod(site.window)
     (a, c), (b, d) = factorise(site.shape[0], factor), factorise(site.shape[1] // window, factor)
 

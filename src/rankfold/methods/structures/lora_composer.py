@@ -26,6 +26,7 @@ from ..site import Site
     title="LoRA-Composer: Leveraging Low-Rank Adaptation for Multi-Concept Customization in Training-Free "
     "Diffusion Models",
     year=2024,
+    arxiv="2403.11627",
     code="Young98CN/LoRA_Composer",
     formula="y_p = W0 x_p + sum_i M_i(p) s B_i A_i x_p",
     init="kaiming",
@@ -36,6 +37,7 @@ from ..site import Site
     layers=("linear",),
     targets="attention",
     gate=region_gate,
+    inputs=("regions",),
 )
 def lora_composer(site: Site, rank: int, *, alpha: float | None = None, of: str | None = None) -> Weight:
     """Return W0 plus the change inside the region.
@@ -45,6 +47,15 @@ def lora_composer(site: Site, rank: int, *, alpha: float | None = None, of: str 
         rank: r; at least that of `of`.
         alpha: numerator of the scaling of a fresh LoRA; the rank by default.
         of: another adapter of the model, whose low-rank change is copied and frozen.
+
+    Example:
+        >>> import torch, rankfold as rf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        >>> model = rf.adapt(model, "lora-composer", rank=2, targets=["0"], name="cat")
+        >>> with rf.gate_inputs(model, regions={"cat": torch.tensor([[1, 0], [0, 0]])}):  # an image of 2 x 2
+        ...     output = model(torch.ones(1, 4, 16))
+        >>> output.shape
+        torch.Size([1, 4, 16])
     """
     if of is None:
         change = site.low_rank(rank, site.scaling(alpha, rank))

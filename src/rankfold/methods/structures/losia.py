@@ -36,8 +36,13 @@ _ABOUT: dict[str, Any] = {
     "code": "KlozeWang/LoSiA",
     "rank": None,
     "layers": ("linear", "embedding", "convolution"),
-    "training": Localisation,
 }
+
+
+class Packed(Localisation):
+    """The localisation of losia-pro, which is that of losia."""
+
+    owner = "losia-pro"
 
 
 def sub_matrix(site: Site, name: str, factor: float) -> Weight:
@@ -51,7 +56,12 @@ def sub_matrix(site: Site, name: str, factor: float) -> Weight:
     return site.base + rectangle(site, *chosen, thin=name == "losia-pro")
 
 
-@structure("losia", formula="W = W0 + v at rows X, columns Y, found again by the smoothed |W G|", **_ABOUT)
+@structure(
+    "losia",
+    formula="W = W0 + v at rows X, columns Y, found again by the smoothed |W G|",
+    training=Localisation,
+    **_ABOUT,
+)
 def losia(
     site: Site,
     *,
@@ -76,7 +86,12 @@ def losia(
     return sub_matrix(site, "losia", factor)
 
 
-@structure("losia-pro", formula="as losia, from dv = dy[:, X]^T x[:, Y]; of x only x[:, Y] is kept", **_ABOUT)
+@structure(
+    "losia-pro",
+    formula="as losia, from dv = dy[:, X]^T x[:, Y]; of x only x[:, Y] is kept",
+    training=Packed,
+    **_ABOUT,
+)
 def losia_pro(
     site: Site,
     *,

@@ -27,7 +27,13 @@ from ..site import Site
     rank=64,
 )
 def miss(site: Site, rank: int, *, dropout: float = 0.0) -> Weight:
-    """Return W0 + D [I_r I_r ...]; dropout in [0, 1) acts on the input before its shards are added."""
+    """Return W0 + D [I_r I_r ...].
+
+    Args:
+        site: the weight.
+        rank: columns of D, after which the change repeats.
+        dropout: probability, in [0, 1), of dropping an input entry of the change while training.
+    """
     in_range("miss", "[0, 1)", dropout=dropout)
     change = Repeated(site.trained(site.zeros(site.shape[0], rank), "shard"), site.shape[1])
     return site.base + (Dropped(change, dropout) if dropout else change)

@@ -51,10 +51,17 @@ def mixture(
         site: the weight.
         rank: r, of every expert.
         alpha: numerator of the scaling; the rank by default.
-        experts: E.
+        experts: E, how many there are, at least 1.
         top_k: how many experts a token uses, 1 to E; None for all.
         shared_down: one A for all experts.
         balance: weight of the balance loss, at least 0.
+
+    Example:
+        >>> import torch, rankfold as rf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        >>> model = rf.adapt(model, "mixture", rank=2, experts=3, targets=["0"]).train()
+        >>> loss = model(torch.ones(2, 5, 16)).square().mean() + rf.auxiliary_loss(model)
+        >>> loss.backward()
     """
     check_experts("mixture", experts, top_k)
     if not balance >= 0:

@@ -29,7 +29,7 @@ from torch import Tensor
 from ...errors import InvalidOption
 from ...weights import Weight
 from ..framed import framed
-from ..registry import near_base, structure
+from ..registry import exact_base, near_base, structure
 from ..site import Basis, Site
 
 ABOUT: dict[str, Any] = {
@@ -54,7 +54,13 @@ def _core(basis: Basis, scaling: float, core: str) -> Tensor:
     entries=True, **ABOUT,
 )  # fmt: skip
 def slora(site: Site, rank: int, *, alpha: float | None = None) -> Weight:
-    """Return W0 + s B N A; alpha is the numerator of alpha / rank, the rank by default."""
+    """Return W0 + s B N A.
+
+    Args:
+        site: the weight.
+        rank: inner dimension, the side of N.
+        alpha: numerator of the scaling alpha / rank; the rank by default.
+    """
     scaling = site.scaling(alpha, rank)
     factors = site.factors(rank, scaling)
     core = site.uniform("core", rank, rank, bound=1 / math.sqrt(rank))
@@ -63,15 +69,15 @@ def slora(site: Site, rank: int, *, alpha: float | None = None) -> Weight:
 
 
 @structure(
-    "nlora", formula="W = W0 + s B N A, B = W0[:, :r], A = W0[:r]", start=near_base(1e-3), init="nystrom",
-    starts=("frame",), rank=128, sides=True, entries=True, **ABOUT,
+    "nlora", formula="W = W0 + s B N A, B = W0[:, :r], A = W0[:r]", init="nystrom", starts=("frame",),
+    start=near_base(1e-3, "with the default core"), rank=128, sides=True, entries=True, **ABOUT,
 )  # fmt: skip
 def nlora(site: Site, rank: int, *, alpha: float | None = None, core: str = "residual") -> Weight:
     """Return W0 + s B N A, minus its start where that is residual.
 
     Args:
         site: the weight.
-        rank: inner dimension.
+        rank: inner dimension, the side of N.
         alpha: numerator of the scaling alpha / rank; the rank by default.
         core: where N starts: "residual", "inverse" or "block"; only the first starts at the base.
     """
@@ -87,7 +93,8 @@ def nlora(site: Site, rank: int, *, alpha: float | None = None, core: str = "res
 
 
 @structure(
-    "inttune", formula="W = W0 + s W0[:, :r] N W0[:r]", init="nystrom", starts=("frame",), rank=128, **ABOUT,
+    "inttune", formula="W = W0 + s W0[:, :r] N W0[:r]", init="nystrom", starts=("frame",), rank=128,
+    start=exact_base("with the default core"), **ABOUT,
 )  # fmt: skip
 def inttune(site: Site, rank: int, *, alpha: float | None = None, core: str = "residual") -> Weight:
     """Return W0 + s C N R, as `nlora` with only N trained."""

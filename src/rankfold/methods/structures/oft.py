@@ -54,5 +54,10 @@ def rotation(site: Site, size: int, name: str) -> Weight:
     rank=None,
 )
 def oft(site: Site, *, block_size: int = 32) -> Weight:
-    """Return W0 times a block-diagonal rotation of blocks of at most `block_size` inputs."""
+    """Return W0 times a block-diagonal rotation.
+
+    Args:
+        site: the weight.
+        block_size: how many inputs a block rotates at most.
+    """
     return site.base @ rotation(site, block_size_of(site, block_size, "oft"), "skew")

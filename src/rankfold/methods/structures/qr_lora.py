@@ -27,6 +27,11 @@ from ..site import Site
     rank=64,
 )
 def qr_lora(site: Site, rank: int) -> Weight:
-    """Return W0 + Q_r diag(lam) (R P^T)_r."""
+    """Return W0 + Q_r diag(lam) (R P^T)_r.
+
+    Args:
+        site: the weight.
+        rank: entries of lam; columns of Q and rows of R that are kept.
+    """
     coefficients = Diagonal(site.trained(site.zeros(rank), "coefficients"))
     return site.base + framed(site, site.basis(rank), coefficients, values="right")

@@ -38,7 +38,24 @@ def shared_bases(
             value = value.sign() * (value.abs() > 1 - 1 / sparse)
         return (value / value.std().clamp_min(1e-3)).to(some.device, some.dtype)
 
-    return Planned({"down": drawn(rank, small), "up": drawn(large, terms, rank)})
+    planned = Planned({"down": drawn(rank, small), "up": drawn(large, terms, rank)})
+    for path, site in sites.items() if sparse else ():
+        _refuse_zeros(planned, path, site.shape, ranks[path], sparse)
+    return planned
+
+
+def _refuse_zeros(planned: Planned, path: str, shape: tuple[int, int], rank: int, sparse: int) -> None:
+    """Refuse bases of which a layer would read only zeros, for their diagonals would never learn."""
+    terms = -(-min(shape) // rank)
+    up = planned.shared["up"][: max(shape), :terms, :rank]
+    down = planned.shared["down"][:rank, : min(shape)]
+    for basis in (down, *up.unbind(1)):
+        if not basis.any():
+            sides = " x ".join(map(str, basis.shape))
+            raise InvalidOption(
+                f"randlora: at {path}, sparse={sparse} leaves a basis of {sides} with zeros only, which "
+                "could learn nothing; pass a smaller number"
+            )
 
 
 @structure(

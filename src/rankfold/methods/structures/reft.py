@@ -4,9 +4,10 @@
 
 Wu et al. 2024. It acts on the output of a block, so there is no weight to fold it into. Positions "f7+l7" are
 the first and last seven tokens of the prompt, clipped to half of it each; generated tokens are not edited. In
-training the prompt is what comes before the first label. W in R^{r x d} and b in R^r start like those of a
-linear layer, R at a random frame; r = 8 and "f7+l7" are the paper's for commonsense reasoning. Start: not the
-base.
+training the prompt is what comes before a row's first label, and rows without such tokens count whole; in
+generation without a key-value cache it is all tokens so far. W in R^{r x d} and b in R^r start like those of
+a linear layer, R at a random frame; r = 8 and "f7+l7" are the paper's for commonsense reasoning. Start: not
+the base.
 
 Deviations: first and last positions share one edit ("tied"); no dropout; of the paper's family only LoReFT.
 """

@@ -28,6 +28,11 @@ from ..site import Site
     rank=128,
 )
 def svfit(site: Site, rank: int) -> Weight:
-    """Return W0 + U_r diag(offset) V_r^T."""
+    """Return W0 + U_r diag(offset) V_r^T.
+
+    Args:
+        site: the weight.
+        rank: how many leading singular values are trained.
+    """
     offset = Diagonal(site.trained(site.zeros(rank), "offset"))
     return site.base + framed(site, site.basis(rank), offset)

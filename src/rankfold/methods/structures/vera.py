@@ -49,7 +49,13 @@ def shared_pair(
     sides=True,
 )
 def vera(site: Site, rank: int, *, d_initial: float = 0.1) -> Weight:
-    """Return W0 + diag(b) B diag(d) A; d starts at d_initial, which is not zero, b at zero."""
+    """Return W0 + diag(b) B diag(d) A.
+
+    Args:
+        site: the weight.
+        rank: rows of A and columns of B, which all layers share.
+        d_initial: where d starts, not zero; b starts at zero.
+    """
     if d_initial == 0:
         raise InvalidOption("vera: d_initial must not be 0, where b and d would never get a gradient")
     out, columns = site.shape

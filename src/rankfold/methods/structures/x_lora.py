@@ -19,17 +19,17 @@ from typing import Any
 
 import torch
 
-from ...errors import UnsupportedLayer
+from ...errors import InvalidOption, UnsupportedLayer
 from ...weights import Experts, Given, Weight
 from ..gating import classifier_gate, count_of
-from ..registry import structure
-from ..routing import check_experts, expert_factors, taken_factors
+from ..registry import exact_base, structure
+from ..routing import check_experts, check_taken, expert_factors, taken_factors
 from ..site import Factors, Place, Planned, Site
 
 
 def plan(
     sites: Mapping[str, Place],
-    ranks: Mapping[str, int | None],
+    ranks: Mapping[str, int],
     *,
     seed: int,
     experts: int | Sequence[str],
@@ -37,7 +37,13 @@ def plan(
     **options: Any,
 ) -> Planned:
     """Share R and b, and give every layer its place among the gates."""
+    if experts == () or experts == []:
+        raise InvalidOption(
+            "x-lora: pass experts=(names of adapters of the model), or experts=4 for fresh LoRAs"
+        )
     check_experts("x-lora", count_of(experts), None)
+    if not isinstance(experts, int):
+        check_taken(sites, ranks, experts, "x-lora")
     place = next(iter(sites.values()))
     if place.hidden is None:
         raise UnsupportedLayer("x-lora reads hidden states, and the model's config names no hidden_size")
@@ -63,6 +69,7 @@ def plan(
     arxiv="2402.07148",
     code="EricLBuehler/xlora",
     formula="y_t = W0 x_t + scale sum_e lam_{t,e} B_e A_e x_t, lam_t = softmax(R h_t + b)",
+    start=exact_base("with fresh experts, and another one with experts that are named"),
     init="kaiming",
     starts=("zero",),
     sides=True,
@@ -88,7 +95,7 @@ def x_lora(
     Args:
         site: the weight.
         rank: r, at least that of every given expert.
-        experts: names of adapters of the model, or how many fresh LoRAs.
+        experts: names of adapters of the model, each once, or how many fresh LoRAs.
         layerwise: every layer has gates of its own.
         top_k: how many experts a token uses, 1 to E; None for all.
         temperature: of the softmax, positive.
