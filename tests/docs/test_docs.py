@@ -5,7 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import rankfold as rf
+
 ROOT = Path(__file__).parent.parent.parent
+README = ROOT / "README.md"
 
 
 def test_the_example_of_the_contributors_page_is_the_method_of_the_tree():
@@ -55,6 +60,31 @@ def test_every_command_that_the_readme_names_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"`make ([a-z-]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+AXES = {
+    "Structures": "structure", "Initialisers": "init", "Ranks": "ranks", "Dynamics": "dynamics",
+    "Optimizers": "optim",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", AXES)
+def test_the_readme_lists_methods_that_exist_each_once_and_promises_no_more_of_them(title):
+    row = re.search(rf"^\| {title} \| (.*) \|$", README.read_text(encoding="utf-8"), re.MULTILINE)[1]
+    groups = [group.rpartition(":")[2] for group in re.split(r"[.;]", row) if ":" in group]
+    names = [name.strip() for group in groups for name in group.split(",")]
+    known = {method.name for method in rf.methods(AXES[title])}
+    assert set(names) <= known
+    assert len(set(names)) == len(names)
+    assert all(int(count) < len(known) for count in re.findall(r"more than (\d+)", row))
+
+
+@pytest.mark.parametrize("name", ["auxiliary_loss", "gate_inputs", "remix_loss", "absorb", "join", "optim"])
+def test_what_a_method_cannot_do_without_is_called_in_the_guide_and_named_in_the_readme(name):
+    assert re.search(rf"\b{name}\b", README.read_text(encoding="utf-8"))
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "guide").glob("*.md")]
+    code = "".join(block for page in pages for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    assert re.search(rf"\b{name}[(.]", code)
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):

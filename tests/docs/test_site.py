@@ -1,7 +1,6 @@
 """The documentation site is built without a warning, and every method has a page whose example runs."""
 
 import doctest
-import inspect
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import composition_pages
+import method_costs
 import method_examples
 import method_pages
 import pytest
@@ -57,15 +57,85 @@ def test_a_page_says_what_the_method_says_of_itself(method):
     assert [text for text in said if text not in page and method_pages.escaped(text) not in page] == []
 
 
-def test_every_option_has_a_meaning():
+def test_every_option_has_a_meaning_that_is_more_than_its_symbol():
     lacking = [
         f"{method.axis} {method.name}: {option}"
         for method in rf.methods()
-        for option in method.options
-        if option not in method_pages.described(method)
-        and not re.search(rf"\b{option}\b", (inspect.getdoc(method.build) or "").partition("\n")[0])
+        for meant in [{"rank": "where it says none", **method_pages.described(method)}]
+        for option in ({"rank"} if method.traits.get("rank") else set()) | set(method.options)
+        if len(meant.get(option, "").split()) < 2
     ]
     assert lacking == []
+
+
+def test_a_rank_is_described_by_the_method_itself():
+    assert "| `rank` | `int` | `128` | rho; (out + in) rho entries are trained. |" in page_of(
+        "structure", "lift"
+    )
+
+
+@pytest.mark.parametrize("method", rf.methods(), ids=lambda m: f"{m.axis}={m.name}")
+def test_no_section_of_a_page_is_empty(method):
+    titles = re.split(r"^## (.*)$", page_of(method.axis, method.name), flags=re.MULTILINE)[1:]
+    assert all(text.strip() for text in titles[1::2])
+
+
+WORDS = {
+    "alora": "Acts on some tokens only",
+    "kind": "Differs from class to class",
+    "lora-composer": "Acts on the points of a region only",
+    "mixture": "Differs from token to token",
+    "reft": "Acts on some tokens only",
+    "remix": "Differs from prompt to prompt",
+    "x-lora": "Differs from token to token",
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_page_says_how_a_gated_change_differs_over_the_input(name):
+    page = page_of("structure", name)
+    said = [words for words in set(WORDS.values()) if f"- {words}" in page]
+    assert said == [WORDS[name]]
+
+
+def test_a_refused_fold_is_said_once():
+    refused = [m for m in rf.methods("structure") if "Cannot be folded" in page_of("structure", m.name)]
+    lines = [re.search("- Cannot be folded.*", page_of("structure", m.name))[0] for m in refused]
+    assert {m.name for m in refused} >= {"alora", "locas", "mixture"}
+    assert all(line.lower().count("folded") == 1 for line in lines)
+
+
+def test_a_method_on_some_modules_only_does_not_promise_all():
+    assert "the outputs of the gated feed-forward blocks (`gated-mlp`), no others" in page_of(
+        "structure", "locas"
+    )
+    assert "the outputs of any, by default of `blocks`" in page_of("structure", "reft")
+
+
+def test_a_recipe_costs_nothing_in_layers_that_it_does_not_target():
+    assert "Conv2d" not in page_of("recipe", "ecg-lora")
+    assert "Conv2d" in page_of("structure", "lora")
+
+
+SHOWN = {"kind": "rf.gate_inputs(", "lora-composer": "rf.gate_inputs(", "remix": "rf.remix_loss(",
+         "mixture": "rf.auxiliary_loss("}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_example_shows_what_a_method_cannot_do_without(name):
+    assert SHOWN[name] in method_examples.example(rf.find_method(name))
+
+
+def test_the_promise_of_the_first_step_names_the_options_that_it_holds_with():
+    assert "exactly the base's output with fresh experts" in page_of("structure", "x-lora")
+    assert "within 0.05 of its largest entry with the default ramp" in page_of("structure", "singlora")
+
+
+def test_the_state_of_an_optimizer_is_counted():
+    side, rank = method_costs.SIDE, 128
+    kept = method_costs.state_of(rf.find_method("galore"))
+    assert 3 * rank * side <= kept < 3 * rank * side + 8  # a basis, two moments, and a few counters
+    assert f"keeps {kept:,} numbers" in page_of("optim", "galore")
 
 
 def test_every_page_is_in_the_navigation_once():
@@ -131,6 +201,7 @@ def test_a_method_is_exampled_with_what_its_registration_gives(monkeypatch):
         return site.base + site.frozen(site.matrix(), "copy")
 
     assert "rank=2, regions=(1, 2))" in method_examples.example(rf.find_method("demanding"))
+    assert "| the rank of every weight. |" in method_pages.options(rf.find_method("demanding"))
 
 
 def test_the_paragraph_that_says_when_to_use_a_method_stands_under_that_title():

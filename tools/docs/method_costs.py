@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -15,11 +15,13 @@ from torch import nn
 
 import rankfold as rf
 from rankfold.errors import NotDense, RankfoldError
+from rankfold.layers.targets import PRESETS
 from rankfold.methods.calibrate import Calibration, needed
 from rankfold.methods.capacity import asked_rank, largest_rank
 from rankfold.methods.prepare import prepare
 from rankfold.methods.recipe import resolve
 
+SIDE = 512  # of the weight that the state of an optimizer is counted on
 TOKENS = 1024  # of a batch; some expressions are cheaper for many tokens than for one
 LAYERS: Mapping[str, tuple[str, Callable[[], nn.Module]]] = {
     "linear": ("Linear, weight 1024 x 1024", lambda: nn.Linear(1024, 1024, bias=False)),
@@ -60,11 +62,30 @@ class Cost:
 def costs(method: rf.Method) -> dict[str, Cost]:
     """Return the cost of a method at its default rank, for every kind of layer that it takes."""
     recipe, found = accepted_point(method), {}
-    kinds = resolve(recipe, {}).structure.traits["layers"]
-    for kind in (kind for kind in LAYERS if kind in kinds):
+    for kind in _kinds(recipe):
         with suppress(RankfoldError):  # a method may need more than a layer, such as a whole block
             found[kind] = _cost(recipe, kind)
     return found
+
+
+def _kinds(recipe: rf.Recipe) -> Iterator[str]:
+    """Yield the kinds of layers that a point takes: those of its structure that its own targets mean."""
+    taken = resolve(recipe, {}).structure.traits["layers"]
+    preset = recipe.targets if isinstance(recipe.targets, str) and recipe.targets in PRESETS else None
+    meant = "convolution" if preset == "convolutions" else "linear"  # which every other preset is about
+    yield from (kind for kind in LAYERS if kind in taken and (preset is None or kind == meant))
+
+
+def state_of(method: rf.Method) -> int:
+    """Return how many numbers an optimizer keeps for a weight `SIDE` x `SIDE`, at its defaults."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Linear(SIDE, SIDE, bias=False)
+        optimizer = method.build(model)
+        model(torch.randn(8, SIDE)).square().mean().backward()
+        optimizer.step()
+    weight = next(model.parameters())
+    return sum(value.numel() for value in optimizer.state[weight].values() if torch.is_tensor(value))
 
 
 def why_not_folded(method: rf.Method) -> str:

@@ -2,13 +2,15 @@
 
 An example is a doctest of one import and three statements: adapt a small model, and print what trains or
 take a step with what rides on the optimizer. Options without which a method cannot be used come from the
-`example` of its registration, data are a made-up batch.
+`example` of its registration, data are a made-up batch. A method of which something else has to be shown has
+an example in the docstring of its function, which is taken instead.
 """
 
 from __future__ import annotations
 
 import doctest
 import inspect
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,6 +157,9 @@ def _candidates(method: rf.Method) -> Iterator[str]:
     if is_function(method):
         yield _of_function(method)
         return
+    own = _own(method)
+    if own:
+        yield "\n".join(map(_prompted, own))
     resolved = resolve(accepted_point(method), {})
     for host in hosts(resolved):
         yield "\n".join(map(_prompted, _statements(method, resolved, host)))
@@ -164,11 +169,18 @@ def _of_function(method: rf.Method) -> str:
     """Return the example of the function that stands for a method, with its import."""
     own = f"{method.build.__module__}.{method.build.__qualname__}"
     module, _, name = (method.traits.get("function") or own).rpartition(".")
-    found = doctest.DocTestParser().get_examples(inspect.getdoc(method.build) or "")
+    found = _own(method)
     if not found:
         raise NoExample("its function has no example in its docstring")
-    sources = [f"from {module} import {name}\n", *(e.source for e in found)]
-    return "\n".join(_prompted(source) for source in sources)
+    imports = f"from {module} import {name}\n"
+    needed = any(re.search(rf"(?<![.\w]){name}\(", source) for source in found)
+    return "\n".join(map(_prompted, [imports, *found] if needed else found))
+
+
+def _own(method: rf.Method) -> list[str]:
+    """Return the statements of the example in a function's docstring."""
+    parsed = doctest.DocTestParser().get_examples(inspect.getdoc(method.build) or "")
+    return [example.source for example in parsed]
 
 
 def _prompted(source: str) -> str:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import griffe
-from method_costs import TOKENS, Cost, costs, of_lora, why_not_folded
+from method_costs import SIDE, TOKENS, Cost, costs, of_lora, state_of, why_not_folded
 from method_examples import accepted_point, asked_of_attach, example, is_function
 
 import rankfold as rf
-from rankfold.methods import space
+from rankfold.layers.targets import PRESETS
+from rankfold.methods import gating, space
 from rankfold.methods.recipe import resolve
 
 AXES = {
@@ -22,6 +23,7 @@ AXES = {
     "init": ("Initialisers", "Where its factors start."),
     "ranks": ("Ranks", "How much rank each weight gets."),
     "dynamics": ("Dynamics", "How the parameters move, step by step."),
+    "optim": ("Optimizers", "How all weights are trained while the optimizer remembers little of each."),
     "recipe": ("Recipes", "Points that a paper has given a name."),
 }
 # What the start of an initialiser does to the model.
@@ -45,6 +47,15 @@ EXPERIMENTAL = """
 
     The paper or its code leave something open; the definition says what.
 """
+# How a change with a gate differs over its input; one without an entry does from token to token.
+GATES: Mapping[Callable[..., object], str] = {
+    gating.class_gate: "Differs from class to class: the class of every row is an input of the model.",
+    gating.classifier_gate: "Differs from token to token, as one classifier of the whole model says.",
+    gating.invocation_gate: "Acts on some tokens only, which it finds in the inputs of the model.",
+    gating.positions_gate: "Acts on some tokens only, which it finds in the inputs of the model.",
+    gating.prompt_gate: "Differs from prompt to prompt, or from token to token, as a router says.",
+    gating.region_gate: "Acts on the points of a region only: pass it by `rf.gate_inputs`.",
+}
 LAYER_WORDS = {
     "linear": "linear layers",
     "attention": "the projections of `nn.MultiheadAttention`",
@@ -156,6 +167,7 @@ def when(method: rf.Method, doc: Docstring, found: Mapping[str, Cost]) -> str:
         "init": _of_init,
         "ranks": _of_ranks,
         "dynamics": _of_dynamics,
+        "optim": _of_optim,
         "recipe": _of_recipe,
     }
     facts = "\n".join(f"- {fact}" for fact in (asked[method.axis](method) if method.axis in asked else ()))
@@ -167,14 +179,9 @@ def _of_structure(method: rf.Method, found: Mapping[str, Cost]) -> Iterator[str]
     for kind, mine in list(found.items())[:1]:
         if method.name != "lora":
             yield f"Trains {_compared(mine, of_lora(kind))} at the default ranks."
-    reason = why_not_folded(method)
-    yield (
-        f"Cannot be folded: {escaped(reason)}."
-        if reason
-        else "Folds into a stock model, which costs nothing."
-    )
+    yield _folding(why_not_folded(method))
     if traits["gate"]:
-        yield "Is open for some tokens only, which a gate tells from the inputs of the model."
+        yield GATES.get(traits["gate"], "Differs from token to token, as a router says.")
     if traits["activations"]:
         yield "Acts on the output of modules, so no weight changes."
     if traits["plan"]:
@@ -184,6 +191,17 @@ def _of_structure(method: rf.Method, found: Mapping[str, Cost]) -> Iterator[str]
         yield f"Reads {names} in one pass over the data that you give."
     if traits["training"]:
         yield "Acts during training: call `rf.attach(model, optimizer, ...)` before the first step."
+
+
+def _folding(reason: str) -> str:
+    """Return what folding does, given the sentence that refuses it or ""."""
+    if "no dense matrix" in reason:
+        return "Cannot be folded: no single matrix stands for the change."
+    return (
+        f"Cannot be folded: {escaped(reason)}."
+        if reason
+        else "Folds into a stock model, which costs nothing."
+    )
 
 
 def _compared(mine: Cost, lora: Cost) -> str:
@@ -232,6 +250,11 @@ def _of_dynamics(method: rf.Method) -> Iterator[str]:
         yield f"Cannot run beside {_listed(traits['excludes'])}."
 
 
+def _of_optim(method: rf.Method) -> Iterator[str]:
+    yield "Adds nothing to the model: it moves the weights themselves, and there is no adapter to save."
+    yield f"Is called as `rf.optim.{method.build.__name__}(model, lr=...)`, in the place of any optimizer."
+
+
 def _of_recipe(method: rf.Method) -> Iterator[str]:
     point = accepted_point(method)
     yield f"Is the point `{point.text()}` with the options of its paper; every part may be chosen apart, too."
@@ -267,7 +290,8 @@ def options(method: rf.Method) -> str:
         for name, value in method.options.items()
     ]
     rank = method.traits.get("rank")
-    first = [("`rank`", "`int`", f"`{rank}`", "the rank of every weight.")] if rank else []
+    words = _cell(escaped(meant.get("rank", "the rank of every weight.")))
+    first = [("`rank`", "`int`", f"`{rank}`", words)] if rank else []
     if not rows and not first:
         return "None."
     lead = escaped((inspect.getdoc(method.build) or "").partition("\n")[0])
@@ -313,6 +337,12 @@ def _type(parameter: inspect.Parameter) -> str:
 
 def cost(method: rf.Method, found: Mapping[str, Cost]) -> str:
     """Return what a method costs in layers of every kind."""
+    if method.axis == "optim":
+        kept, adam = state_of(method), 2 * SIDE * SIDE
+        return (
+            f"For a weight {SIDE} x {SIDE} the optimizer keeps {kept:,} numbers with its defaults, "
+            f"{100 * kept / adam:.2g} % of Adam's {adam:,}. The weight has a whole gradient."
+        )
     if is_function(method):
         return "None during training, of which it is no part."
     if not found:
@@ -350,9 +380,11 @@ def _verdicts() -> Mapping[tuple[str, str], list[tuple[rf.Method, space.Verdict]
 
 def partners(method: rf.Method) -> str:
     """Return which layers a method takes and which methods of the other axes."""
+    if method.axis == "optim":
+        return "Any model. It is no part of a point: it stands where the optimizer stands."
     lines = [f"- The point `{accepted_point(method).text()}`."] if method.axis == "recipe" else []
     if method.traits.get("activations"):
-        lines.append(f"- Modules: the outputs of any, by default of `{method.traits['targets']}`.")
+        lines.append(f"- Modules: {_outputs(method)}.")
     elif method.axis == "structure":
         lines.append(f"- Layers: {_listed(LAYER_WORDS.get(k, k) for k in method.traits['layers'])}.")
     verdicts = _verdicts().get((method.axis, method.name), [])
@@ -365,6 +397,14 @@ def partners(method: rf.Method) -> str:
             '\n??? note "Why not with the others"\n\n' + "\n".join(f"    - {line}" for line in refused)
         )
     return "\n".join(lines)
+
+
+def _outputs(method: rf.Method) -> str:
+    """Return the modules whose outputs a method edits: any, or only those that its preset finds."""
+    preset = method.traits["targets"]
+    if 'targets=["0"]' in example(method):
+        return f"the outputs of any, by default of `{preset}`"
+    return f"{PRESETS[preset].partition(' (')[0]} (`{preset}`), no others"
 
 
 def _refusals(method: rf.Method, verdicts: list[tuple[rf.Method, space.Verdict]]) -> list[str]:
