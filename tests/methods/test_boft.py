@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rankfold as rf
 from rankfold.errors import InvalidOption
-from rankfold.methods.structures.boft import butterfly
+from rankfold.methods.rotations import butterfly
 
 
 def boft(factors: int, columns: int = 16, *, scaled: bool = False, size: int = 4) -> torch.nn.Module:

@@ -121,6 +121,8 @@ def _of_dynamics(structure: Chosen, ranks: Chosen | None, each: Chosen) -> Itera
         yield f"{each.name} acts on a product of two trained factors, and {structure.name} has none"
     if each.trait("sides") and not structure.trait("sides"):
         yield f"{each.name} tells output side from input side, and {structure.name} trains on one only"
+    if structure.trait("noisy") and not each.trait("noise"):
+        yield f"{each.name} works without dropout, and {structure.name} draws noise between the factors"
     if each.trait("moves_base") and structure.trait("activations"):
         yield f"{each.name} moves changes into stored weights, and {structure.name} changes activations"
     changed = ranks is not None and (_on_pairs(ranks) or ranks.trait("entries")(ranks.options))

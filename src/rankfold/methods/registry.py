@@ -75,6 +75,7 @@ def structure(
     pairs: str = "",
     sides: bool = False,
     entries: bool = False,
+    noisy: bool = False,
     training: type | None = None,
     apart: Sequence[str] = (),
     chooses: bool = False,
@@ -107,6 +108,7 @@ def structure(
             gates; or "" if it has none.
         sides: it has trained leaves on the output side and on the input side of a map.
         entries: it has a trained leaf that meets the input itself.
+        noisy: it draws noise between the factors of its products while training.
         training: a class derived from `Dynamics`, made with those of the structure's options that are its
             fields: what the structure's paper does around every step of the optimizer.
         apart: names of trained leaves that the loss gives no gradient: they learn from one of their own.
@@ -124,7 +126,8 @@ def structure(
         "stage": stage, "init": init, "starts": tuple(starts), "rank": rank, "limit": limit,
         "multiple": multiple, "layers": tuple(layers), "plan": plan, "gate": gate, "activations": activations,
         "targets": targets, "example": dict(example or {}), "refuses": tuple(refuses),
-        "pairs": pairs, "sides": sides, "entries": entries, "training": training,
+        "pairs": pairs, "sides": sides, "entries": entries, "noisy": noisy,
+        "training": training,
         "apart": tuple(apart), "chooses": chooses, "one_graph": one_graph,
         "keeps": keeps, "needs": needs, "inputs": tuple(inputs), "permanent": permanent,
     }  # fmt: skip
@@ -214,6 +217,7 @@ def dynamics(
     moves_base: bool = False,
     owns_step: bool = False,
     gates: bool = True,
+    noise: bool = True,
     excludes: Sequence[str] = (),
     init: tuple[str, Mapping[str, Any]] | None = None,
     function: str = "",
@@ -231,6 +235,7 @@ def dynamics(
         moves_base: it moves changes into the stored weight.
         owns_step: it replaces the optimizer's step of the pairs, which it can for Adam and AdamW.
         gates: it also works where a rank rule has put a gate into the pairs.
+        noise: it also works where the structure draws noise between the factors.
         excludes: other dynamics that it cannot run beside.
         init: the start of its paper, for structures that are started as their own paper says.
         function: dotted name of the function that is called instead, for what is no part of a training.
@@ -239,7 +244,7 @@ def dynamics(
     """
     traits = {
         "needs": tuple(needs), "pairs": pairs, "sides": sides, "moves_base": moves_base,
-        "owns_step": owns_step, "gates": gates, "excludes": tuple(excludes), "init": init,
+        "owns_step": owns_step, "gates": gates, "noise": noise, "excludes": tuple(excludes), "init": init,
         "function": function, "example": dict(example or {}),
     }  # fmt: skip
     return register("dynamics", name, **about, traits=traits)

@@ -31,6 +31,7 @@ from .owned import precise, refuse_dropout
 @dynamics(
     "allora",
     pairs="terms",
+    noise=False,
     excludes=(
         "relora", "periodic-lora", "switchlora", "refactorisation", "shrink-perturb", "shrink-perturb-all",
         "hd-pissa",

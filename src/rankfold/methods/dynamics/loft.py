@@ -70,6 +70,7 @@ class Side(NamedTuple):
 @dynamics(
     "loft",
     pairs="terms",
+    noise=False,
     owns_step=True,
     gates=False,
     excludes=EXCLUDED,

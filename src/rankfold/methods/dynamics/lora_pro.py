@@ -54,6 +54,7 @@ from .owned import (
 @dynamics(
     "lora-pro",
     pairs="terms",
+    noise=False,
     owns_step=True,
     gates=False,
     excludes=EXCLUDED,

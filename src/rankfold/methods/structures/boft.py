@@ -14,20 +14,11 @@ here the distance doubles with every factor. Up to two factors the orders agree.
 Use it as OFT, where rotations should reach across blocks: every factor trains another set of small blocks.
 """
 
-import torch
-from torch import Tensor
-
 from ...errors import InvalidOption
 from ...weights import Diagonal, Permutation, Weight
 from ..registry import near_base, structure
+from ..rotations import block_size_of, butterfly, rotation
 from ..site import Site
-from .oft import block_size_of, rotation
-
-
-def butterfly(columns: int, half: int, level: int) -> Tensor:
-    """Return the order of inputs in which half blocks that stand 2^level apart are neighbours."""
-    chunks = torch.arange(columns).view(-1, 2, 2**level, half)
-    return chunks.transpose(1, 2).flatten()
 
 
 @structure(

@@ -2,9 +2,8 @@
 
     training   y = W0 x + s B (m . A x),   m ~ Bernoulli(1 - p) / (1 - p) in R^r;      W = W0 + s B A
 
-Zhang 2025. s = alpha / r. The official code draws m anew for every token, as the default does here; with
-together=True one m serves all tokens of a call, as the paper's text says. The output is linear in m, so its
-mean is that of LoRA. r = 32, alpha = 2 r and p = 0.5 are the paper's. Start: the base, exactly.
+Zhang 2025. s = alpha / r. The official code draws m anew for every token, as here; with together=True one m
+serves a call, as in the paper's text. r = 32, alpha = 2 r, p = 0.5 are the paper's. Start: the base, exactly.
 
 Deviations: no dropout of the input by default (the paper's runs: 0.05); the code's learned mask is left out;
 a start that is subtracted is not thinned. Embeddings and an attention's own weights are refused.
@@ -30,6 +29,7 @@ from ..site import Site
     pairs="terms",
     sides=True,
     entries=True,
+    noisy=True,
 )
 def droplora(
     site: Site,

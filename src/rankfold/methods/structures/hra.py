@@ -54,7 +54,6 @@ def penalty(model: nn.Module) -> Tensor:
     for module in model.modules():
         if isinstance(module, Reflections):
             unit, _ = module.compact()
-            total = total.to(unit) + torch.linalg.matrix_norm(
-                torch.eye(unit.shape[1]).to(unit) - unit.T @ unit
-            )
+            rest = torch.eye(unit.shape[1]).to(unit) - unit.T @ unit
+            total = total.to(unit) + torch.linalg.matrix_norm(rest)
     return total

@@ -2,16 +2,13 @@
 
     y_p = W0 x_p + sum_i M_i(p) s B_i A_i x_p,   M_i in {0, 1}^{height x width},   p a point of the image
 
-Yang et al. 2024. One adapter a concept: either a fresh LoRA, or, with `of`, the frozen change of an adapter
-that the model holds already, which needs no training. Use several together (`rankfold.use(model, [...])`)
-and give every one its mask (`rankfold.gate_inputs(model, regions={adapter name: (height, width) or (batch,
-height, width)})`). Layers that read the image at another size of the same shape see the mask resized to the
-nearest point. Outside all boxes the output is the base's. It cannot be folded. Start: the base for a fresh
-LoRA.
+Yang et al. 2024. One adapter a concept: a fresh LoRA, or, with `of`, the frozen change of an adapter that the
+model holds already, which needs no training. Use several together (`rankfold.use`), each with its mask
+(`rankfold.gate_inputs(model, regions={name: (height, width) or (batch, height, width)})`), which layers that
+read the image at another size of the same shape see resized. Outside all boxes the output is the base's. It
+cannot be folded. Start: the base for a fresh LoRA.
 
-Deviations: of the paper this is the region-aware injection as far as it is a gate on adapters. Prompts of
-their own per region, guidance of the latents, isolation inside self-attention and the new start of the
-latents belong to a sampling loop and are not here.
+Deviations: the region-aware injection alone, as a gate; the rest of the method belongs to a sampling loop.
 """
 
 from ...weights import Gated, Weight
@@ -50,12 +47,9 @@ def lora_composer(site: Site, rank: int, *, alpha: float | None = None, of: str 
 
     Example:
         >>> import torch, rankfold as rf
-        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
-        >>> model = rf.adapt(model, "lora-composer", rank=2, targets=["0"], name="cat")
-        >>> with rf.gate_inputs(model, regions={"cat": torch.tensor([[1, 0], [0, 0]])}):  # an image of 2 x 2
-        ...     output = model(torch.ones(1, 4, 16))
-        >>> output.shape
-        torch.Size([1, 4, 16])
+        >>> model = rf.adapt(torch.nn.Sequential(torch.nn.Linear(9, 9)), "lora-composer", rank=2, targets="0")
+        >>> with rf.gate_inputs(model, regions={"default": torch.tensor([[1, 0], [0, 0]])}):
+        ...     output = model(torch.ones(1, 4, 9))  # an image of 2 x 2 points
     """
     if of is None:
         change = site.low_rank(rank, site.scaling(alpha, rank))

@@ -14,32 +14,10 @@ Use it where the singular values of the weight and the angles between its rows h
 may have full rank.
 """
 
-from ...errors import InvalidOption
-from ...weights import BlockDiagonal, Cayley, Weight
+from ...weights import Weight
 from ..registry import near_base, structure
+from ..rotations import block_size_of, rotation
 from ..site import Site
-
-
-def block_size_of(site: Site, wanted: int, method: str, multiple: int = 1) -> int:
-    """Return the largest size, at most `wanted` and a multiple of `multiple`, that divides the inputs.
-
-    Raises:
-        InvalidOption: no block of two inputs or more fits.
-    """
-    columns = site.shape[1]
-    fits = [b for b in range(2, min(wanted, columns) + 1) if columns % b == 0 and b % multiple == 0]
-    if not fits:
-        raise InvalidOption(
-            f"{site.path}: {method} cannot cut {columns} inputs into blocks of 2 to {wanted}"
-            f"{' of even size' if multiple == 2 else ''}; choose another block_size or leave the layer out"
-        )
-    return max(fits)
-
-
-def rotation(site: Site, size: int, name: str) -> Weight:
-    """Return a block-diagonal rotation of the inputs that starts at the identity."""
-    numbers = site.trained(site.zeros(site.shape[1] // size, size * (size - 1) // 2), name)
-    return BlockDiagonal(Cayley(numbers, size, f"{name}.rotations"))
 
 
 @structure(
