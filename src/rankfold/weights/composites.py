@@ -100,7 +100,7 @@ class Scaled(Weight):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Apply through the small form, else scale the output."""
-        pair = self.factored()
+        pair = None if self.small_rank() is None else self.factored()
         y = self.inner(x, op=op) * self.factor() if pair is None else op.low_rank(x, *cast_pair(pair, x))
         return op.add(y.to(x.dtype), bias)
 

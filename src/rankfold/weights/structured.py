@@ -448,25 +448,21 @@ class Tucker(Weight):
         """Return the two channel factors, (out, r_out) and (in, r_in)."""
         return self.factors[0].tensor(), self.factors[1].tensor()
 
-    def pair(self) -> tuple[Tensor, Tensor]:
+    def factored(self) -> tuple[Tensor, Tensor]:
         """Return up (out, r_out) and down (r_out, in * window), whose product is the matrix."""
         up, inputs = self.ends()
         down = torch.tensordot(self.kernel(), inputs, ([1], [1])).movedim(-1, 1)
         return up, down.flatten(1)
 
-    def factored(self) -> tuple[Tensor, Tensor] | None:
-        """Return `(up, down)` of rank r_out, or None for a kernel."""
-        return None if self.small_rank() is None else self.pair()
-
     def dense(self) -> Tensor:
         """Return the matrix, (out, in * window)."""
-        up, down = self.pair()
+        up, down = self.factored()
         return up @ down
 
     def forward(self, x: Tensor, bias: Tensor | None = None, op: Op = LINEAR) -> Tensor:
         """Convolve between the two channel mixes: 1x1, small kernel, 1x1."""
         if not isinstance(op, Convolution) or op.groups > 1:
-            return op.add(op.low_rank(x, *(t.to(x.dtype) for t in self.pair())), bias)
+            return op.add(op.low_rank(x, *(t.to(x.dtype) for t in self.factored())), bias)
         up, inputs = (t.to(x.dtype) for t in self.ends())
         y = op.apply(op.pointwise(x, inputs.T), self.kernel().to(x.dtype).flatten(1))
         return op.add(op.pointwise(y, up), bias)

@@ -133,7 +133,7 @@ class Weight(nn.Module):
         return None
 
     def small_rank(self) -> int | None:
-        """Return the rank of the small form, or None where `factored()` gives none; computes nothing."""
+        """Return the rank of the small form, None where there is none to evaluate by; computes nothing."""
         return None
 
     def pairs(self, scale: float = 1.0) -> Iterator[Pair]:
