@@ -102,6 +102,8 @@ def test_frugal_with_everything_kept_is_adam_and_with_little_is_nearly_the_sign(
     others = [row for row in range(6) if row not in kept]
     assert len(others) == 5
     assert torch.equal(moved[others], -0.1 * given[0][others].sign())
+    with pytest.raises(InvalidOption, match="pass a model or parameters, not groups"):
+        rf.optim.frugal([{"params": list(network().parameters())}])
     with pytest.raises(InvalidOption, match=r"density must be in \(0, 1\], not 1.5"):
         built("frugal", density=1.5)
 

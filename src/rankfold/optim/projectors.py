@@ -165,8 +165,8 @@ class Coordinates(Projector):
 
 
 @lru_cache(maxsize=32)
-def cosines(size: int) -> Tensor:
-    """Return the orthonormal DCT-II matrix C (d, d): row k is a cosine of frequency k.
+def cosines(size: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
+    """Return the orthonormal DCT-II matrix C (d, d): row k is a cosine of frequency k; one for all who ask.
 
     Example:
         >>> matrix = cosines(5)
@@ -176,7 +176,7 @@ def cosines(size: int) -> Tensor:
     place = torch.arange(size, dtype=torch.float64)
     matrix: Tensor = torch.cos(torch.pi / size * place[:, None] * (place + 0.5)) * math.sqrt(2 / size)
     matrix[0] *= 0.5**0.5
-    return matrix
+    return matrix.to(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Cosines(Projector):
         return chosen.T
 
     def _all(self, like: Tensor) -> Tensor:
-        matrix: Tensor = cosines(len(like)).to(like)
+        matrix: Tensor = cosines(len(like), like.dtype, like.device)
         return matrix
 
 

@@ -61,7 +61,12 @@ def frugal(
     if not 0 < density <= 1:
         raise InvalidOption(f"frugal: density must be in (0, 1], not {density}")
     made: list[dict[str, Any]] = []
-    for group in groups(params, 1, plain):
+    found = groups(params, 1, plain)
+    if any("rank" not in group for group in found):
+        raise InvalidOption(
+            "frugal makes groups of its own, by density: pass a model or parameters, not groups"
+        )
+    for group in found:
         pairs = group["params"]
         low = [{"params": [pair], "rank": max(1, round(density * _short(pair[1])))} for pair in pairs]
         made += low if group["rank"] is not None else [group]
