@@ -18,6 +18,7 @@ the optimizer has taken, which is the same for every optimizer whose step is its
 attention's own projections are no modules, so their gradients are not seen, and they are refused.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,72 +46,52 @@ class Packed(Localisation):
     owner = "losia-pro"
 
 
-def sub_matrix(site: Site, name: str, factor: float) -> Weight:
-    """Return W0 and a trained sub-matrix at random rows and columns."""
-    in_range(name, "(0, 1]", factor=factor)
-    chosen = []
-    for side, size in zip(("rows", "columns"), site.shape, strict=True):
-        count = max(1, int(factor * size))
-        drawn = range(size) if site.blank else torch.randperm(size, generator=site.generator(side)).tolist()
-        chosen.append(torch.tensor(sorted(drawn[:count])))
-    return site.base + rectangle(site, *chosen, thin=name == "losia-pro")
+def sub_matrix(name: str, *, thin: bool) -> Callable[..., Weight]:
+    """Return the structure of a name; it keeps and multiplies less where it is thin."""
+
+    def build(
+        site: Site,
+        *,
+        factor: float = 0.125,
+        interval: int = 100,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        importance: str = "mixed",
+        asynchronous: bool = True,
+    ) -> Weight:
+        """Return W0 and a trained sub-matrix.
+
+        Args:
+            site: the weight.
+            factor: p, the share of rows and of columns that are trained, in (0, 1].
+            interval: T, steps of a slot, at least 1.
+            beta1: of the average of the sensitivity, in [0, 1).
+            beta2: of the average of its spread, in [0, 1).
+            importance: "mixed" as above, "first" for |W G|, or "second" for (W G)^2 / 2.
+            asynchronous: localise one block after the other; else all in the first of every D slots.
+        """
+        in_range(name, "(0, 1]", factor=factor)
+        chosen = []
+        for side, size in zip(("rows", "columns"), site.shape, strict=True):
+            drawn = (
+                range(size) if site.blank else torch.randperm(size, generator=site.generator(side)).tolist()
+            )
+            chosen.append(torch.tensor(sorted(drawn[: max(1, int(factor * size))])))
+        return site.base + rectangle(site, *chosen, thin=thin)
+
+    return build
 
 
-@structure(
+losia = structure(
     "losia",
     formula="W = W0 + v at rows X, columns Y, found again by the smoothed |W G|",
     training=Localisation,
     **_ABOUT,
-)
-def losia(
-    site: Site,
-    *,
-    factor: float = 0.125,
-    interval: int = 100,
-    beta1: float = 0.85,
-    beta2: float = 0.85,
-    importance: str = "mixed",
-    asynchronous: bool = True,
-) -> Weight:
-    """Return W0 and a trained sub-matrix.
+)(sub_matrix("losia", thin=False))
 
-    Args:
-        site: the weight.
-        factor: p, the share of rows and of columns that are trained, in (0, 1].
-        interval: T, steps of a slot, at least 1.
-        beta1: of the average of the sensitivity, in [0, 1).
-        beta2: of the average of its spread, in [0, 1).
-        importance: "mixed" as above, "first" for |W G|, or "second" for (W G)^2 / 2.
-        asynchronous: localise one block after the other; else all of them in the first of every D slots.
-    """
-    return sub_matrix(site, "losia", factor)
-
-
-@structure(
+losia_pro = structure(
     "losia-pro",
     formula="as losia, from dv = dy[:, X]^T x[:, Y]; of x only x[:, Y] is kept",
     training=Packed,
     **_ABOUT,
-)
-def losia_pro(
-    site: Site,
-    *,
-    factor: float = 0.125,
-    interval: int = 100,
-    beta1: float = 0.85,
-    beta2: float = 0.85,
-    importance: str = "mixed",
-    asynchronous: bool = True,
-) -> Weight:
-    """Return W0 and a trained sub-matrix that keeps and multiplies less.
-
-    Args:
-        site: the weight.
-        factor: p, the share of rows and of columns that are trained, in (0, 1].
-        interval: T, steps of a slot, at least 1.
-        beta1: of the average of the sensitivity, in [0, 1).
-        beta2: of the average of its spread, in [0, 1).
-        importance: "mixed", "first" or "second", as for losia.
-        asynchronous: localise one block after the other; else all at once.
-    """
-    return sub_matrix(site, "losia-pro", factor)
+)(sub_matrix("losia-pro", thin=True))
