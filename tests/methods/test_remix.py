@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import rankfold as rf
 from rankfold.errors import Incompatible, InvalidOption, NotAdapted
 from rankfold.layers import NeverRead, require
-from rankfold.methods.routing import log_probability
+from rankfold.methods.routing import leave_one_out, log_probability
 from rankfold.weights import Router
 
 WIDTH = 4
@@ -80,7 +80,7 @@ def enumerated(draws: int) -> tuple[Tensor, Tensor]:
     for drawn in itertools.product(range(3), repeat=draws):
         picked = torch.stack([losses[i] for i in drawn])
         weight = torch.stack([log_p[i].exp() for i in drawn]).prod().detach()
-        advantage = (picked - picked.mean()) / (draws - 1)
+        advantage = leave_one_out(picked)
         total += weight * sum(a * grads[i] for a, i in zip(advantage, drawn, strict=True))
     return total, wanted
 

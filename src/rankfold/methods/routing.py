@@ -158,6 +158,19 @@ def draws_experts(model: nn.Module) -> bool:
     return any(getattr(router.policy, "draws", False) for router in routers)
 
 
+def leave_one_out(losses: Tensor) -> Tensor:
+    """Return what every draw's score is weighted by, so that the sum is an unbiased gradient of the mean loss.
+
+    Args:
+        losses: (draw, ...), at least two draws.
+
+    Example:
+        >>> leave_one_out(torch.tensor([3.0, 1.0]))
+        tensor([ 1., -1.])
+    """
+    return (losses - losses.mean(0)).detach() / (len(losses) - 1)
+
+
 def remix_loss(
     model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor] | None = None, draws: int = 2
 ) -> Tensor:
@@ -189,6 +202,5 @@ def remix_loss(
                 f"{tuple(losses[-1].shape)}"
             )
     rewards, log_p = torch.stack(losses), torch.stack(scores)
-    advantage = (rewards - rewards.mean(0)).detach() / (draws - 1)
-    policy = (advantage * (log_p - log_p.detach())).sum(0).mean()
+    policy = (leave_one_out(rewards) * (log_p - log_p.detach())).sum(0).mean()
     return rewards.mean() + policy.to(rewards.dtype)
