@@ -141,6 +141,15 @@ def test_a_part_of_the_model_does_not_read_gates_of_a_forward_that_has_ended(mod
         model.base_model(prompt())
 
 
+def test_a_forward_that_fails_has_ended_too(model: Any) -> None:
+    invoked(model)
+    model(prompt())
+    with pytest.raises(IndexError):
+        model(torch.full((2, 9), 10**6))
+    with pytest.raises(NotDense, match="not one of its parts"):
+        model.base_model(prompt())
+
+
 def test_a_model_with_gates_can_be_pickled_after_a_forward() -> None:
     model: Any = seeded(llama)
     rf.adapt(model, "mixture", rank=2, experts=2).train()

@@ -138,7 +138,7 @@ class Carrier:
             root = self._root[0]
             self._handles = [
                 root.register_forward_pre_hook(self.enter, with_kwargs=True),
-                root.register_forward_hook(self.leave),
+                root.register_forward_hook(self.leave, always_call=True),
             ]
 
     def discard(self, keys: set[str]) -> None:

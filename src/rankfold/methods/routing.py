@@ -159,7 +159,7 @@ def draws_experts(model: nn.Module) -> bool:
 
 
 def leave_one_out(losses: Tensor) -> Tensor:
-    """Return what every draw's score is weighted by, so that the sum is an unbiased gradient of the mean loss.
+    """Return the weights of the draws' scores, whose sum is an unbiased gradient of the mean loss.
 
     Args:
         losses: (draw, ...), at least two draws.
