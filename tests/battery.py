@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 import json
 import pickle
 import random
 import re
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -44,7 +46,7 @@ from rankfold.errors import Incompatible, NotDense, RankfoldError
 from rankfold.layers import Adaptation, StructuredLayer, StructuredTransposedLinear, carrier, require
 from rankfold.methods.recipe import resolve
 from rankfold.methods.registry import EXACT as EXACT_START
-from rankfold.methods.registry import Method, StepZero
+from rankfold.methods.registry import Method, StepZero, structure_named
 from rankfold.weights import Experts, Gated, Leaf, Normalized, Scaled, Sum, Weight
 from rankfold.weights.competing import Competing
 
@@ -131,7 +133,7 @@ class Point:
     @property
     def has_matrix(self) -> bool:
         """Whether the changed weight is a matrix, the same for every token."""
-        return not (self.on_activations or self.is_gated)
+        return not (self.on_activations or self.is_gated or self.structure.traits["nonlinear"])
 
     @property
     def targets(self) -> str:
@@ -148,6 +150,11 @@ class Point:
     def blocks(self, dtype: torch.dtype = torch.float32) -> Blocks:
         """Return the model of blocks; its feed-forward parts are gated modules where those are edited."""
         return blocks(dtype, gated=self.targets == "gated-mlp")
+
+    @property
+    def is_scratch(self) -> bool:
+        """Whether it takes the place of the weight, and everything trains."""
+        return bool(self.structure.traits["scratch"])
 
     def refuses(self, host: Host) -> bool:
         """Whether the registration says that a layer is refused."""
@@ -213,7 +220,7 @@ def points(name: str, **options: Any) -> list[Point]:
 
     That every other initialiser keeps its contract is checked by the tests of the whole space.
     """
-    structure = next(m for m in rf.methods("structure") if m.name == name)
+    structure = structure_named(name)
     options = {**structure.traits["example"], **options}
     if structure.traits["init"] is None:
         return [Point(structure, None, options)]
@@ -251,7 +258,7 @@ def check_point(point: Point) -> Iterator[Check]:
     yield Check(point, "refuses starts that have no meaning for it", partial(refuses_other_inits, point))
     if not point.on_activations:
         yield from _layer_checks(point)
-    for check in MODEL_CHECKS:
+    for check in SCRATCH_CHECKS if point.is_scratch else MODEL_CHECKS:
         sentence = (check.__doc__ or check.__name__).split("\n")[0].rstrip(".").lower()
         slow = check is compiles and not (point.is_own and point.structure.name in COMPILED)
         yield Check(point, sentence, partial(check, point), slow)
@@ -262,7 +269,7 @@ def _layer_checks(point: Point) -> Iterator[Check]:
         if point.refuses(host):
             yield Check(point, f"refuses aloud: {host.name}", partial(refuses_aloud, point, host))
         elif point.has_matrix:
-            for check in LAYER_CHECKS:
+            for check in (c for c in LAYER_CHECKS if not (point.is_scratch and c in NOT_FROM_SCRATCH)):
                 sentence = (check.__doc__ or check.__name__).split("\n")[0].rstrip(".").lower()
                 yield Check(point, f"{sentence}: {host.name}", partial(check, point, host))
     if point.has_matrix:
@@ -274,7 +281,7 @@ def _layer_checks(point: Point) -> Iterator[Check]:
         )
     if point.has_matrix and not point.refuses(LARGE):
         yield Check(point, "apply equals dense for many tokens", partial(applies_to_many_tokens, point))
-    if point.has_matrix and point.is_own and not point.refuses(LARGE):
+    if point.has_matrix and point.is_own and not point.refuses(LARGE) and not point.is_scratch:
         for tokens in (256, 4096):
             sentence = f"keeps no more for backward than its matrix would, nor much: {tokens} tokens"
             yield Check(point, sentence, partial(keeps_little_for_backward, point, tokens))
@@ -330,6 +337,8 @@ def through_matrix(model: nn.Module, x: Tensor) -> Tensor:
     """Return the output of the original layer with `dense()` in the place of its weight."""
     layer = structured(model)
     matrix = expression_of(model).dense()
+    if layer.is_released:
+        return layer.op.apply(x, matrix, layer._parameters["bias"])
     if isinstance(layer, StructuredTransposedLinear):
         matrix = matrix.T
     if layer.materialised:
@@ -608,6 +617,7 @@ def counts_itself(point: Point, host: Host) -> None:
     assert planned.trainable == rf.summary(model).trainable == expected
     kept = {place[0]: place for place in require(model).owned("default").items()}
     stored = sum(getattr(owner, name).numel() for _, (owner, name) in kept.values())
+    stored += sum(value.numel() for value in require(model).whole("default").values())
     assert planned.stored == stored, f"the plan says {planned.stored} stored, it is {stored}"
     assert "*" in expression_of(model).formula(), "no leaf of the formula is marked as trained"
 
@@ -620,6 +630,7 @@ def counts_its_multiplications(point: Point) -> None:
             counted, real = expression.macs(tokens), multiplications(expression, tokens)
             assert real <= counted, f"{host.name}: {real} are made for {tokens} tokens, {counted} are counted"
             least = tokens * expression.shape[0] * expression.shape[1]
+            least = 1 if point.is_scratch else least
             assert real >= least, f"{host.name}: {real} cannot be right"
 
 
@@ -687,6 +698,10 @@ LAYER_CHECKS = (
 )
 
 
+# There is no base to go back to, and a start may keep all of a small weight.
+NOT_FROM_SCRATCH = (is_removed, starts_as_promised)
+
+
 # The whole model --------------------------------------------------------------------------------------
 
 
@@ -703,6 +718,8 @@ def trains_what_it_declares(point: Point) -> None:
     disturbed(model, size=0.03)  # so that nothing is saturated
     adaptation = require(model)
     places = {id(getattr(owner, name)): key for key, (owner, name) in adaptation.owned("default").items()}
+    if point.is_scratch:
+        places |= {id(parameter): name for name, parameter in model.named_parameters()}
     loss_gradients(model, token_ids())
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (id(parameter) in places), f"{name}: requires_grad"
@@ -976,7 +993,9 @@ def keeps_its_state(point: Point) -> None:
     torch.save(model.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    assert set(point.blocks().state_dict()) <= set(state), "names of the base are missing"
+    gone = {f"{path}.weight" for path in require(model).adapter().paths} if point.is_scratch else set()
+    assert set(point.blocks().state_dict()) - gone <= set(state), "names of the base are missing"
+    assert not gone & set(state), "the weights are still there"
     other = adapted(point, point.blocks(), point.targets)
     with torch.no_grad():
         assert not torch.equal(other(ids), model(ids))
@@ -1155,4 +1174,31 @@ MODEL_CHECKS = (
     is_moved,
     refuses_bad_input,
 )
+
+
+def lets_go_of_the_weight(point: Point) -> None:
+    """The usual start's memory is let go, and whatever would go back to it is refused in one sentence."""
+    model, ids = point.blocks(), token_ids()
+    kept = [weakref.ref(p) for n, p in model.named_parameters() if n.endswith("weight")]
+    before = sum(p.numel() for p in model.parameters())
+    adapted(point, model, point.targets)
+    gc.collect()
+    gone = sum(ref() is None for ref in kept)
+    assert gone >= len(require(model).adapter().paths), f"{gone} weights are let go"
+    disturbed(model)
+    wanted = model(ids).detach()
+    for act in (rf.remove, lambda m: rf.use(m, []), lambda m: rf.adapt(m, "lora", rank=1, name="other")):
+        with pytest.raises(Incompatible, match="fold"):
+            act(model)
+        assert torch.equal(model(ids), wanted), "a refusal changed the model"
+    count = rf.count(model)
+    assert count.stored == sum(t.numel() for t in model.state_dict().values())
+    assert count.active == sum(p.numel() for p in model.parameters())
+    if point.has_matrix:
+        rf.fold(model)
+        assert sum(p.numel() for p in model.parameters()) == before
+
+
+NEEDS_A_BASE = (is_removed_from_blocks, shares_the_model, keeps_float32_over_bfloat16)
+SCRATCH_CHECKS = (*(check for check in MODEL_CHECKS if check not in NEEDS_A_BASE), lets_go_of_the_weight)
 __all__ = ["Check", "Point", "check_method", "check_point", "points"]

@@ -24,7 +24,14 @@ def _parameters(checks: list[Check]) -> list[Any]:
 
 @pytest.mark.filterwarnings("ignore::rankfold.layers.adaptation.NeverAttached")
 @pytest.mark.parametrize(
-    "check", [p for method in rf.methods("structure") for p in _parameters(check_method(method.name))]
+    "check",
+    [
+        p
+        for axis in ("structure", "pretrain")
+        for method in rf.methods(axis)
+        if "scratch" in method.traits
+        for p in _parameters(check_method(method.name))
+    ],
 )
 def test_every_method_keeps_its_promises(check: Check) -> None:
     check()

@@ -81,6 +81,11 @@ def export(
         raise InvalidOption("rank= and max_error= both choose the rank; pass one of them")
     adaptation = require(model)
     adapter = adaptation.adapter(name)
+    if format != "dense" and (adapter.scratch or adapter.record.get("train") == ["all"]):
+        raise Incompatible(
+            f"everything in the model was trained, and the {format} form holds changes of a known base; use "
+            'format="dense"'
+        )
     report = Report(format, str(path))
     with complete_folder(path, overwrite=overwrite) as folder, _alone(adaptation, adapter):
         if format == "dense":

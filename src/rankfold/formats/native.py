@@ -141,6 +141,8 @@ def base_of(model: nn.Module, layers: Mapping[str, StructuredLayer]) -> dict[str
 
 @torch.no_grad()
 def _fingerprint(layer: StructuredLayer) -> dict[str, Any]:
+    if layer.is_released:
+        return {"shape": list(layer.shape), "sample": [], "rms": 0.0}
     matrix = layer.matrix()
     rms = _root_mean_square(matrix)
     if not math.isfinite(rms):
@@ -181,6 +183,8 @@ def check_base(record: Mapping[str, Any], layers: Mapping[str, StructuredLayer])
         if known is None:
             raise FormatError(f"the adapter's record says nothing of {path}")
         check_shape(path, layer, tuple(known["shape"]))
+        if not known["sample"]:  # what was there before training was let go
+            continue
         pairs = zip(_sample(layer.matrix().detach()), known["sample"], strict=True)
         apart, size = sum(abs(a - b) for a, b in pairs), known["rms"] * _SAMPLES
         if apart > _TOLERANCE_OF_ONE * size:
@@ -300,7 +304,7 @@ def _is_fingerprint(known: Any) -> bool:
     if not isinstance(known, dict):
         return False
     sample, shape, rms = known.get("sample"), known.get("shape"), known.get("rms")
-    numbers = isinstance(sample, list) and len(sample) == _SAMPLES and all(map(_is_number, sample))
+    numbers = isinstance(sample, list) and len(sample) in (0, _SAMPLES) and all(map(_is_number, sample))
     sizes = isinstance(shape, list) and all(isinstance(n, int) for n in shape)
     return numbers and sizes and isinstance(rms, int | float) and _is_number(rms) and rms >= 0
 

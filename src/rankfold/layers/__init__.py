@@ -38,7 +38,7 @@ from .layer import (
     StructuredTransposedLinear,
     kind_of,
 )
-from .summary import Summary, summary
+from .summary import Counts, Summary, count, summary
 from .targets import PRESETS, Target, Targets, blocks, find_modules, find_targets, output_heads, task_heads
 from .watch import watch_first_forward
 
@@ -49,6 +49,7 @@ __all__ = [
     "Adapter",
     "Branch",
     "Carrier",
+    "Counts",
     "FirstPass",
     "FoldError",
     "GateRule",
@@ -72,6 +73,7 @@ __all__ = [
     "auxiliary_loss",
     "blocks",
     "checkpoint",
+    "count",
     "disabled",
     "find_modules",
     "find_targets",

@@ -74,6 +74,7 @@ class Adapter:
         gate_keys: the gates that it needs.
         watch: waits for the first forward, to see whether every layer is called.
         attached: its dynamics have ridden on an optimizer, or there are none that have to.
+        scratch: its expressions take the place of the stored weights, which are let go.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Adapter:
     gate_keys: set[str] = field(default_factory=set)
     watch: FirstForward | None = None
     attached: bool = True
+    scratch: bool = False
 
 
 class NeverAttached(UserWarning):
@@ -192,6 +194,7 @@ class Adaptation:
     def use(self, names: Sequence[str]) -> None:
         """Make exactly these adapters active, in the order of `STAGES`."""
         chosen = [self.adapter(name) for name in dict.fromkeys(names)]
+        self._check_base(chosen)
         self._check_together(chosen)
         ordered = sorted(chosen, key=lambda a: STAGES.index(a.stage))
         self._store_values()
@@ -204,6 +207,21 @@ class Adaptation:
         self.carrier.wanted = {key for adapter in chosen for key in adapter.gate_keys}
         self._restore_values()
         self._set_flags()
+
+    @property
+    def scratch(self) -> str | None:
+        """The adapter that took the place of stored weights, which are gone, or None."""
+        held = (layer for layer in self.layers.values() if layer.is_released and layer.lender is None)
+        return next((name for layer in held for name in layer.adapters), None)
+
+    def _check_base(self, chosen: list[Adapter]) -> None:
+        name = self.scratch
+        if name is not None and name not in [adapter.name for adapter in chosen]:
+            method = self.adapters[name].record["recipe"]["structure"][0]
+            raise Incompatible(
+                f"{method} took the place of the weights: there is no base without it to go back to; "
+                "rankfold.fold(model) makes plain layers of it"
+            )
 
     def _check_together(self, chosen: list[Adapter]) -> None:
         for stage in ("replace", "modulate", "normalise"):
@@ -303,24 +321,28 @@ class Adaptation:
             _set_module(self.root, path, module)
         self.inference_path.avoid(self.root, path)
 
-    def add(self, adapter: Adapter, trained: Iterable[str]) -> None:
-        """Take in a new adapter whose layers are in place, and make it the active one."""
+    def add(self, adapter: Adapter, whole: Iterable[str]) -> None:
+        """Take in a new adapter whose layers are in place, and make it the active one.
+
+        Args:
+            adapter: the adapter.
+            whole: names of the tensors that are trained whole beside it; where there is a base to go back to,
+                it gets copies of them.
+        """
         self.adapters[adapter.name] = adapter
-        for path in trained:
-            module = self.root.get_submodule(path)
-            tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-            for name, tensor in tensors.items():
-                key = f"{path}.{name}" if path else name
-                self.base_values.setdefault(key, tensor.data)
-                adapter.values[key] = self.base_values[key].clone()
+        for key in whole:
+            value = self._tensor(key).data
+            if self.scratch is None:
+                value = self.base_values.setdefault(key, value).clone()
+            adapter.values[key] = value
         self.use([adapter.name])
 
     def remove(self, name: str) -> None:
         """Take an adapter away; with the last one the model is bit for bit what it was before."""
         adapter = self.adapter(name)
+        self.use([n for n in self.active if n != name])
         if adapter.watch is not None:
             adapter.watch.end()
-        self.use([n for n in self.active if n != name])
         for path in adapter.paths:
             layer = self.layers.get(path)
             if layer is not None and name in layer.adapters:
@@ -593,6 +615,12 @@ def fold(
 
 def _put(model: nn.Module, path: str, layer: StructuredLayer, matrix: Tensor) -> Iterator[FoldError]:
     """Store a matrix in a layer and in everything that shares its stored tensor."""
+    if layer.is_released:
+        layer.store(matrix)
+        for module in model.modules():
+            if isinstance(module, StructuredLayer) and module.lender is layer:
+                module.restore(layer.stored())  # type: ignore[arg-type]
+        return
     old = layer.stored()
     layer.store(matrix)
     for module in model.modules():

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..errors import Incompatible
 from ..weights import LINEAR, Base, Composite, Convolution, Dropped, Foreign, Op, Weight
 from .foreign import dequantised, identifying, requantised
 
+_PLACE = "rankfold_place"  # an empty buffer that remembers dtype and device of a weight that is gone
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -48,6 +50,7 @@ class StructuredLayer(nn.Module):
         self._original = (original,)
         self._lender: tuple[StructuredLayer, ...] = ()
         self._active: tuple[Weight, ...] = ()
+        self._released: tuple[tuple[int, ...], ...] = ()
         self._share(original)
         self.adapters = nn.ModuleDict()
         self.training = original.training
@@ -90,6 +93,8 @@ class StructuredLayer(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the stored matrix."""
+        if self._released:
+            return self._released[0][0], self._released[0][1]
         out, columns = self.matrix().shape
         return out, columns
 
@@ -101,11 +106,40 @@ class StructuredLayer(nn.Module):
     def stored(self) -> Tensor:
         """Return the stored weight itself, in its own shape and form."""
         weight = self._parameters["weight"]
-        assert weight is not None
+        if weight is None:
+            raise Incompatible(
+                "the layer's own weight is gone: an expression that is trained from scratch stands in its "
+                "place; rankfold.fold(model) makes a plain layer of it"
+            )
         return weight
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the stored weight is gone and the expression stands in its place."""
+        return bool(self._released)
+
+    def release(self) -> None:
+        """Let go of the stored weight, because an expression that does not read it stands in its place."""
+        stored = self.stored()
+        self._released = (self.shape, tuple(stored.shape))
+        self.register_buffer(_PLACE, stored.detach().new_empty(0), persistent=False)
+        self._parameters["weight"] = None
+
+    def restore(self, weight: nn.Parameter) -> None:
+        """Hold a stored weight again."""
+        self._released = ()
+        self._buffers.pop(_PLACE, None)
+        self._non_persistent_buffers_set.discard(_PLACE)
+        self._parameters["weight"] = weight
 
     def store(self, matrix: Tensor) -> None:
         """Put a new stored weight, given as a matrix (out, in), in the place of the old one."""
+        if self._released:
+            like = self._buffers[_PLACE]
+            assert like is not None
+            value = matrix.to(like).reshape(self._released[1]).contiguous()
+            self.restore(nn.Parameter(value))
+            return
         old = self.stored()
         value = matrix.to(old.dtype).reshape(old.shape).contiguous()
         self._parameters["weight"] = nn.Parameter(value, requires_grad=old.requires_grad)

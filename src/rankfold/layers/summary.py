@@ -2,11 +2,65 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from .adaptation import Adaptation, require
+from .adaptation import Adaptation, adaptation_of, require
+from .layer import StructuredLayer
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The numbers of a model, counted three ways.
+
+    Attributes:
+        stored: in a checkpoint of the model as it is, positions and other integers included.
+        active: that have a gradient and moments in the optimizer.
+        deployed: in what is served: of every adapted weight the smaller of its expression and its matrix, and
+            everything else.
+    """
+
+    stored: int
+    active: int
+    deployed: int
+
+    def __str__(self) -> str:
+        """Return a line."""
+        return f"{self.stored:,} stored, {self.active:,} active, {self.deployed:,} deployed"
+
+
+def count(model: nn.Module) -> Counts:
+    """Count the numbers of a model three ways: stored, active (trained) and deployed.
+
+    Args:
+        model: adapted or not; of an adapted one the active adapters count as deployed.
+
+    Example:
+        >>> import torch, rankfold as rf
+        >>> model = rf.adapt(torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False)), "sltrain", rank=4)
+        >>> print(rf.count(model))
+        756 stored, 634 active, 756 deployed
+    """
+    tensors = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    parameters = list(model.parameters())
+    stored = sum(t.numel() for t in tensors.values())
+    adaptation = adaptation_of(model)
+    saved = 0 if adaptation is None else sum(_saved(layer) for layer in adaptation.layers.values())
+    return Counts(stored, sum(p.numel() for p in parameters if p.requires_grad), stored - saved)
+
+
+def _saved(layer: StructuredLayer) -> int:
+    """Return how many numbers fewer a layer is served with than it is stored with."""
+    if layer.lender is not None:
+        return 0
+    here = {id(t): t for t in layer.adapters.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    stored = sum(t.numel() for t in here.values()) + (0 if layer.is_released else math.prod(layer.shape))
+    expression = layer.expression
+    if expression is None or not expression.has_matrix():
+        return 0
+    return max(0, stored - math.prod(layer.shape))
 
 
 @dataclass(frozen=True)

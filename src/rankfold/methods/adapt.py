@@ -74,7 +74,7 @@ def adapt(
     lr: float | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     progress: bool = True,
-    train: Sequence[str] = (),
+    train: Sequence[str] | str = (),
     uncalled: str = "error",
     **options: Any,
 ) -> nn.Module:
@@ -98,7 +98,8 @@ def adapt(
         lr: learning rate of the training to come, for initialisers that depend on it.
         loss: `loss(model, batch)`, for statistics of gradients where the model's output has no loss.
         progress: show a progress bar while statistics are collected.
-        train: modules to train whole beside the adapter.
+        train: modules to train whole beside the adapter; "all" trains everything that is not adapted, which
+            structures that are trained from scratch do by themselves.
         uncalled: "error" raises in the first forward that leaves a targeted layer uncalled, naming it;
             "allow" does not (for experts that are not always used).
         options: of the structure, such as `alpha=32`; those of other parts are given by a recipe, such as
@@ -150,7 +151,7 @@ def plan(
     lr: float | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     progress: bool = True,
-    train: Sequence[str] = (),
+    train: Sequence[str] | str = (),
     uncalled: str = "error",
     **options: Any,
 ) -> Plan:
@@ -176,7 +177,7 @@ def plan(
     )
     sites = [_planned(prepared, path) for path in prepared.adapter.paths]
     shared = sum(t.numel() for t in prepared.shared.values() if t.requires_grad)
-    whole = sum(p.numel() for path in prepared.train for p in model.get_submodule(path).parameters())
+    whole = sum(t.numel() for t in prepared.whole.values() if isinstance(t, nn.Parameter))
     stored = sum(e.count().stored for e in prepared.expressions.values())
     stored += sum(p.numel() for b in prepared.branches.values() for p in b.parameters())
     reached = {*prepared.adapter.paths, *(t.path for t, _ in prepared.borrowers)}

@@ -102,8 +102,8 @@ def follow_ties(
         return chosen, []
     groups: dict[int, list[Target]] = {}
     for target in candidates(model):
-        groups.setdefault(_stored(target), []).append(target)
-    owners = {key: _owner(groups[key], chosen) for key in dict.fromkeys(map(_stored, chosen))}
+        groups.setdefault(stored_identity(target), []).append(target)
+    owners = {key: _owner(groups[key], chosen) for key in dict.fromkeys(map(stored_identity, chosen))}
     lenders = list(owners.values())
     readers = [(t, owner.path) for key, owner in owners.items() for t in groups[key]]
     borrowers = [(t, path) for t, path in readers if t.path != path]
@@ -154,14 +154,15 @@ def refuse_overlap(model: nn.Module, targets: list[Target], trained: list[str]) 
     for path in trained:
         module = model.get_submodule(path)
         stored = {id(p) for p in module.parameters()}
-        both = [t.path for t in targets if inside([t], path) or _stored(t) in stored]
+        both = [t.path for t in targets if inside([t], path) or stored_identity(t) in stored]
         held = [p for p, m in module.named_modules() if isinstance(m, StructuredLayer) and m.adapters]
         both += [f"{path}.{p}".rstrip(".") for p in held]
         if both:
             raise Incompatible(f"{both[0]} is both adapted and trained whole (train={path!r}); choose one")
 
 
-def _stored(target: Target) -> int:
+def stored_identity(target: Target) -> int:
+    """Return the identity of the stored tensor of a target."""
     if target.part == "in_proj":
         return id(target.module._parameters.get("in_proj_weight"))
     module = target.module.out_proj if target.part else target.module
@@ -180,7 +181,7 @@ def _refuse_hidden_ties(model: nn.Module, lenders: list[Target], borrowers: set[
             continue
         others = {
             p
-            for p in owners.get(_stored(target), [])
+            for p in owners.get(stored_identity(target), [])
             if p != target.path and not p.startswith(target.path + ".")
         }
         hidden = {p for p in others - borrowers if model.get_submodule(p) is not target.module}

@@ -22,7 +22,7 @@ def describe(adaptation: Adaptation, name: str) -> dict[str, Any]:
     adapter = adaptation.adapter(name)
     warn_never_attached(adapter)
     recipe = Recipe.from_dict(adapter.record["recipe"])
-    method = registry.get("structure", adapter.record["recipe"]["structure"][0])
+    method = registry.structure_named(adapter.record["recipe"]["structure"][0])
     layers = native.anchors(adaptation.root, adapter.paths, adaptation.layers)
     return {
         **adapter.record,

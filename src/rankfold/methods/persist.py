@@ -24,7 +24,7 @@ from ..layers import StructuredLayer, require
 from ..weights import adopt_ranks, adopt_selections, owned
 from .capacity import Allotment
 from .checkpoints import describe
-from .prepare import Prepared, install, prepare
+from .prepare import EVERYTHING, Prepared, install, prepare
 from .recipe import Recipe, resolve
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -188,7 +188,7 @@ def _rebuild(model: nn.Module, record: Mapping[str, Any], name: str) -> Prepared
             targets=re.compile("|".join(re.escape(path) for path in record["targets"])),
             name=name,
             seed=record["seed"],
-            train=[f"re:{re.escape(path)}" for path in record["train"]],
+            train=_trained(record),
             heads=False,
             blank=True,
             allotment=Allotment(record["ranks"], record.get("references", {}), record.get("rank")),
@@ -199,10 +199,15 @@ def _rebuild(model: nn.Module, record: Mapping[str, Any], name: str) -> Prepared
         raise FormatError(f"the adapter's record is not consistent: {error!r}") from None
 
 
+def _trained(record: Mapping[str, Any]) -> list[str] | str:
+    paths = record["train"]
+    return EVERYTHING if paths == [EVERYTHING] else [f"re:{re.escape(path)}" for path in paths]
+
+
 def _check_paths(modules: Mapping[str, nn.Module], record: Mapping[str, Any]) -> None:
     if not record["targets"]:
         raise FormatError("the adapter's record names no targets")
-    for path in [*record["targets"], *record["train"]]:
+    for path in [*record["targets"], *(p for p in record["train"] if p != EVERYTHING)]:
         parent = path.rpartition(".")[0]
         if path not in modules and not isinstance(
             getattr(modules.get(parent), "original", modules.get(parent)), nn.MultiheadAttention
@@ -220,10 +225,7 @@ def _expected(model: nn.Module, prepared: Prepared) -> dict[str, tuple[int, ...]
         for leaf, (module, attribute) in branch.owned().items():
             shapes[f"{path}:{leaf}"] = tuple(getattr(module, attribute).shape)
     shapes.update({f"shared:{key}": tuple(tensor.shape) for key, tensor in prepared.shared.items()})
-    for path in prepared.train:
-        module = model.get_submodule(path)
-        for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-            shapes[f"whole:{path}.{key}"] = tuple(tensor.shape)
+    shapes.update({f"whole:{key}": tuple(tensor.shape) for key, tensor in prepared.whole.items()})
     return shapes
 
 

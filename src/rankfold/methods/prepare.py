@@ -29,13 +29,14 @@ from ..layers import (
 )
 from ..layers.targets import candidates
 from ..weights import Moved, Pooled, Weight
-from .aim import chosen_targets, follow_ties, inside, is_preset, refuse_overlap
+from .aim import chosen_targets, follow_ties, inside, is_preset, refuse_overlap, stored_identity
 from .calibrate import Calibration, Collected, check_given, collected, needed
 from .capacity import Allotment, allotted_ranks, asked_rank, largest_rank
 from .checkpoints import Checkpoints
 from .recipe import Resolved
 from .site import OutputSite, Place, Planned, Site, derived_seed
 
+EVERYTHING = "all"  # what `train` is called where the whole model is trained
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -57,6 +58,7 @@ class Prepared:
     shared: dict[str, Tensor]
     gate_rules: dict[str, GateRule]
     train: list[str]
+    whole: dict[str, Tensor]
     ranks: dict[str, int | None]
     notes: list[Warning] = field(default_factory=list)
 
@@ -69,7 +71,7 @@ def prepare(
     targets: Targets | None = None,
     name: str = "default",
     seed: int = 0,
-    train: Sequence[str] = (),
+    train: Sequence[str] | str = (),
     heads: bool = True,
     blank: bool = False,
     allotment: Allotment | None = None,
@@ -84,7 +86,7 @@ def prepare(
         targets: which weights.
         name: of the adapter.
         seed: of every random choice.
-        train: modules to train whole.
+        train: modules to train whole, or "all".
         heads: add a freshly initialised task head to `train`.
         blank: build shapes only, the values will be loaded.
         allotment: how much rank every path gets, where it is known already.
@@ -94,10 +96,13 @@ def prepare(
     _check_name(name, existing)
     _check_seed(seed)
     _refuse_nested(model, existing)
+    _refuse_on_scratch(resolved, existing)
     adaptation = existing or Adaptation(model)
-    trained = find_modules(model, train)
+    everything = resolved.structure.traits["scratch"] or train in (EVERYTHING, [EVERYTHING])
+    trained = [] if everything else find_modules(model, _several(train))
     lenders, borrowers = follow_ties(model, chosen_targets(model, resolved, targets, trained), resolved)
-    trained += [h for h in task_heads(model) if heads and h not in trained and not inside(lenders, h)]
+    if not everything:
+        trained += [h for h in task_heads(model) if heads and h not in trained and not inside(lenders, h)]
     refuse_overlap(model, lenders, trained)
     weightless = resolved.structure.traits["activations"]
     layers = {} if weightless else {t.path: adaptation.layer_for(t) for t in lenders}
@@ -117,24 +122,72 @@ def prepare(
     for method in resolved.riding.values() if fresh else ():
         for path, expression in weights.items():
             method.suits(path, expression)
+    here = [t for t in lenders if t.path in sites]
+    readers = [(t, path) for t, path in borrowers if path in sites]
+    whole = (
+        _everything_else(model, [*here, *(t for t, _ in readers)]) if everything else _whole(model, trained)
+    )
+    trained = [EVERYTHING] if everything else trained
     record = _record(resolved, seed, allotment, list(sites), trained) | {"plan": planned.digest()}
     adapter = Adapter(name, record, resolved.structure.traits["stage"], list(sites))
     adapter.shared = {key: _attribute(name, key) for key in planned.shared}
     adapter.attached = blank or not resolved.acts
+    adapter.scratch = resolved.structure.traits["scratch"]
     return Prepared(
         adaptation=adaptation,
         adapter=adapter,
-        targets=[t for t in lenders if t.path in sites],
+        targets=here,
         layers={path: layer for path, layer in layers.items() if path in sites},
         expressions=weights,
         branches={p: b for p, b in built.items() if isinstance(b, Branch)},
-        borrowers=[(t, path) for t, path in borrowers if path in sites],
+        borrowers=readers,
         shared=dict(planned.shared),
         gate_rules=_gate_rules(resolved, name),
         train=trained,
+        whole=whole,
         ranks=dict(ranks),
         notes=notes,
     )
+
+
+def _several(train: Sequence[str] | str) -> Sequence[str]:
+    return [train] if isinstance(train, str) else train
+
+
+def _whole(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tensors of modules that are trained whole, by name."""
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            found[f"{path}.{name}" if path else name] = tensor
+    return found
+
+
+def _everything_else(model: nn.Module, targets: Sequence[Target]) -> dict[str, Tensor]:
+    """Return every tensor of a checkpoint, by name and once, but the weights that become expressions."""
+    taken = {stored_identity(target) for target in targets}
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in taken:
+            taken.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def _refuse_on_scratch(resolved: Resolved, existing: Adaptation | None) -> None:
+    if existing is None:
+        return
+    if existing.scratch is not None:
+        raise Incompatible(
+            f"the weights were replaced by the adapter {existing.scratch!r}, and no other change stands on "
+            "it; rankfold.fold(model) first"
+        )
+    if resolved.structure.traits["scratch"]:
+        raise Incompatible(
+            f"{resolved.structure.name} takes the place of the weights, and the model holds an adapter that "
+            "stands on them; fold or remove it first"
+        )
 
 
 def _calibrated(
@@ -367,6 +420,9 @@ def install(model: nn.Module, prepared: Prepared) -> Adaptation:
         layer = adaptation.layer_for(target)
         layer.borrow(prepared.layers[lender])
         adaptation.place(target, layer)
+    if adapter.scratch:
+        for layer in {id(layer): layer for layer in adaptation.layers.values()}.values():
+            layer.release()
     for path, branch in prepared.branches.items():
         _attach_branch(model, adapter, path, branch)
     for key, rule in prepared.gate_rules.items():
@@ -374,7 +430,7 @@ def install(model: nn.Module, prepared: Prepared) -> Adaptation:
         if hasattr(rule, "own"):
             rule.own(model, adapter.name, adapter.shared)
         adapter.gate_keys.add(key)
-    adaptation.add(adapter, prepared.train)
+    adaptation.add(adapter, prepared.whole)
     return adaptation
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from ..errors import Incompatible, InvalidOption, UnknownMethod, near_names
@@ -143,7 +144,8 @@ def named(name: str) -> Recipe:
         raise InvalidOption(f"the recipe {name} means {known!r}, which is no Recipe")
     for axis in ("structure", "init", "ranks"):
         if getattr(known, axis) is not None:
-            registry.get(axis, split_part(getattr(known, axis))[0])
+            get = registry.structure_named if axis == "structure" else partial(registry.get, axis)
+            get(split_part(getattr(known, axis))[0])
     for part in known.dynamics:
         registry.get("dynamics", split_part(part)[0])
     return known
@@ -155,13 +157,13 @@ def _usual_structure(init: str | None) -> str:
 
 def _axis_of(word: str, chosen: Mapping[str, str]) -> tuple[str, str]:
     axis, _, name = word.rpartition("=")
-    known_axes = ("structure", "init", "ranks", "dynamics", "recipe")
+    known_axes = ("structure", "pretrain", "init", "ranks", "dynamics", "recipe")
     if axis:
         if axis not in known_axes:
             listed = near_names(axis, known_axes) or f"; its axes are {', '.join(known_axes)}"
             raise UnknownMethod(f"{axis!r} in {word!r} is no axis of a point{listed}")
         registry.get(axis, name)
-        return axis, name
+        return _IN_A_RECIPE.get(axis, axis), name
     axes = [a for a in registry.axes_of(name) if a in known_axes]
     if not axes:
         known = {m.name for m in registry.methods() if m.axis in known_axes}
@@ -170,7 +172,10 @@ def _axis_of(word: str, chosen: Mapping[str, str]) -> tuple[str, str]:
         raise Incompatible(
             f"{name!r} is of the axes {' and '.join(axes)}: write {axes[0]}={name} or {axes[1]}={name}"
         )
-    return axes[0], name
+    return _IN_A_RECIPE.get(axes[0], axes[0]), name
+
+
+_IN_A_RECIPE = {"pretrain": "structure"}  # a weight trained from scratch stands where a change would
 
 
 @dataclass(frozen=True)
@@ -287,7 +292,7 @@ def _own_training(structure: Chosen) -> Dynamics | None:
 
 def _structure(recipe: Recipe, options: Mapping[str, Any]) -> Chosen:
     name, given = split_part(recipe.structure)
-    method = registry.get("structure", name)
+    method = registry.structure_named(name)
     return Chosen(method, method.checked({**given, **options}))
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "recipe",
     "register",
     "structure",
+    "structure_named",
 ]
 
 Shape = tuple[int, int]
@@ -56,6 +57,9 @@ def smaller_side(shape: Shape) -> int:
     return min(shape)
 
 
+_LAYERS = ("linear", "attention", "embedding", "convolution")
+
+
 def structure(
     name: str,
     *,
@@ -65,7 +69,7 @@ def structure(
     rank: int | None = 8,
     limit: Callable[[Shape], int] | None = smaller_side,
     multiple: Callable[[Mapping[str, Any]], int] = lambda options: 1,
-    layers: Sequence[str] = ("linear", "attention", "embedding", "convolution"),
+    layers: Sequence[str] | None = None,
     plan: Callable[..., Any] | None = None,
     gate: Callable[..., Any] | None = None,
     activations: bool = False,
@@ -84,6 +88,8 @@ def structure(
     needs: Needs = (),
     inputs: Sequence[str] = (),
     permanent: str = "",
+    scratch: bool = False,
+    nonlinear: bool = False,
     **about: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a structure: `build(site, rank, *, options) -> Weight` (or a Branch, for `activations`).
@@ -96,7 +102,8 @@ def structure(
         rank: default rank; None if the structure has none.
         limit: largest rank for a shape (out, in); None if there is no limit.
         multiple: given the options, the number that a rank must be a multiple of.
-        layers: the layer kinds it applies to.
+        layers: the layer kinds it applies to: linear, attention, embedding, convolution; None means all, and
+            linear ones from scratch.
         plan: `plan(sites, ranks, *, seed, options) -> Planned`, what is decided for all weights together.
         gate: `gate(options) -> GateRule`, for a change that is open for some tokens only.
         activations: the change acts on a module's output.
@@ -120,8 +127,13 @@ def structure(
         inputs: what its gate reads that is no argument of a usual model, such as classes or regions, by the
             names that `gate_inputs` takes.
         permanent: dotted name of the function that makes its change permanent where it cannot be folded.
+        scratch: its expression takes the place of the weight, which is let go, and is trained from scratch
+            with everything else in the model; `site.matrix()` is the usual start that it may read. It is
+            registered on the axis pretrain and written in a point where a structure is.
+        nonlinear: it is no linear map of its input, so that it has no matrix and cannot be folded.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
+    layers = (_LAYERS[:1] if scratch else _LAYERS) if layers is None else layers
     traits = {
         "stage": stage, "init": init, "starts": tuple(starts), "rank": rank, "limit": limit,
         "multiple": multiple, "layers": tuple(layers), "plan": plan, "gate": gate, "activations": activations,
@@ -129,9 +141,19 @@ def structure(
         "pairs": pairs, "sides": sides, "entries": entries, "noisy": noisy,
         "training": training,
         "apart": tuple(apart), "chooses": chooses, "one_graph": one_graph,
-        "keeps": keeps, "needs": needs, "inputs": tuple(inputs), "permanent": permanent,
+        "keeps": keeps, "needs": needs, "inputs": tuple(inputs), "permanent": permanent, "scratch": scratch,
+        "nonlinear": nonlinear,
     }  # fmt: skip
-    return register("structure", name, **about, traits=traits)
+    return register("pretrain" if scratch else "structure", name, **about, traits=traits)
+
+
+def structure_named(name: str) -> Method:
+    """Return a structure, of a change or of a weight trained from scratch.
+
+    Raises:
+        UnknownMethod: there is none.
+    """
+    return get("pretrain" if "pretrain" in axes_of(name) else "structure", name)
 
 
 def init(

@@ -15,11 +15,17 @@ from .site import Site
 _SHORT = 2**31  # positions below it take four bytes
 
 
-def scattered(site: Site, positions: Tensor) -> Scattered:
-    """Return a change of zero whose trained entries stand at positions (n,) of the flattened weight."""
-    return Scattered(
-        _values(site, len(positions)), [_index(site, positions, "index")], *_kept(site), site.shape
-    )
+def scattered(site: Site, positions: Tensor, values: Tensor | None = None) -> Scattered:
+    """Return a matrix whose trained entries stand at positions (n,) of the flattened weight.
+
+    Args:
+        site: the weight.
+        positions: (n,) of the flattened weight, no one twice.
+        values: (n,) to start from; None starts at zero.
+    """
+    start = site.zeros(len(positions)) if values is None else values
+    packed = site.trained(start, "values")
+    return Scattered(packed, [_index(site, positions, "index")], *_kept(site), site.shape)
 
 
 def rectangle(site: Site, rows: Tensor, columns: Tensor, *, thin: bool = False) -> Rectangle:

@@ -90,7 +90,7 @@ def _pairs(
     adapter: Adapter, expressions: dict[str, Weight], rank: int | None
 ) -> dict[str, tuple[Weight, Pair]]:
     """Return the one product of every expression."""
-    structure = registry.get("structure", adapter.record["recipe"]["structure"][0])
+    structure = registry.structure_named(adapter.record["recipe"]["structure"][0])
     found = {path: (expression, list(expression.pairs())) for path, expression in expressions.items()}
     single = found and all(len(pairs) == 1 for _, pairs in found.values())
     if not single or adapter.branches:

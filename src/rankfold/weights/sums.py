@@ -180,8 +180,10 @@ class Sum(Composite[Split]):
         applied: every term by itself. matrix: the whole matrix, whose gradient is one wide product. formed:
         the whole matrix for output and input, and every term applied for its own gradients.
         """
-        if split.base is None or autocast_dtype(x) not in (torch.float32, torch.float64):
+        if autocast_dtype(x) not in (torch.float32, torch.float64):
             return "applied"
+        if split.base is None:
+            return self._order_without_base(split, x, op)
         training, size = torch.is_grad_enabled(), math.prod(self.shape)
         pair = _numbers(split.trained) if training else 0
         if (not split.others and 2 * pair <= size) or not all(map(term_is_dense, split.others)):
@@ -199,6 +201,17 @@ class Sum(Composite[Split]):
             terms = sum(term.macs(tokens) for term in split.others)
             costs["formed"] = 2 * (forming + terms + tokens * pair)
         return min(costs, key=costs.__getitem__)
+
+    def _order_without_base(self, split: Split, x: Tensor, op: Op) -> str:
+        """Return matrix where a term is as wide as the weight and forming all terms at once is cheaper."""
+        if split.foreign is not None or not split.others or not all(map(term_is_dense, split.others)):
+            return "applied"
+        tokens, size = op.tokens(x), math.prod(self.shape)
+        forming = sum(term.dense_macs() for term in self.parts()) + size
+        applying = sum(term.macs(tokens) for term in self.parts())
+        # In training, of three passes, the matrix is formed in two, and its gradient is taken apart in two.
+        again = 4 / 3 if torch.is_grad_enabled() else 1
+        return "matrix" if again * forming + tokens * size < applying else "applied"
 
     def _main(self, split: Split, x: Tensor, bias: Tensor | None, op: Op) -> Tensor:
         if split.base is None:

@@ -1,0 +1,1 @@
+"""Weights that are trained from scratch: one paper, one file."""
