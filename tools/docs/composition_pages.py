@@ -16,7 +16,7 @@ def pages() -> dict[str, str]:
     verdicts = list(space.pairs())
     found = {}
     for one, other in itertools.combinations(space.AXES, 2):
-        mine = [v for v in verdicts if (v.first.axis, v.second.axis) == (one, other)]
+        mine = [v for v in verdicts if (space.axis_of(v.first), space.axis_of(v.second)) == (one, other)]
         found[f"composition/{one}-{other}.md"] = _page(one, other, mine)
     return found
 

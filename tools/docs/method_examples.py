@@ -101,7 +101,8 @@ def accepted_point(method: rf.Method) -> rf.Recipe:
     if method.axis == "recipe":
         return method.build()  # type: ignore[no-any-return]
     others = [m for axis in ("ranks", "dynamics", "init", "structure") for m in rf.methods(axis)]
-    for parts in ([method], *([method, other] for other in others if other.axis != method.axis)):
+    mine = space.axis_of(method)
+    for parts in ([method], *([method, other] for other in others if other.axis != mine)):
         recipe = space.point(parts)
         if not space.refusal(recipe):
             return recipe
@@ -149,7 +150,7 @@ def _seeded(code: str) -> str:
 
 def is_function(method: rf.Method) -> bool:
     """Say whether a method is a function to call, and no part of a point."""
-    return bool(method.traits.get("function")) or method.axis not in (*space.AXES, "recipe")
+    return bool(method.traits.get("function")) or space.axis_of(method) not in (*space.AXES, "recipe")
 
 
 def _candidates(method: rf.Method) -> Iterator[str]:

@@ -23,6 +23,10 @@ AXES = {
     "init": ("Initialisers", "Where its factors start."),
     "ranks": ("Ranks", "How much rank each weight gets."),
     "dynamics": ("Dynamics", "How the parameters move, step by step."),
+    "pretrain": (
+        "From scratch",
+        "What takes the place of a weight, or how a model is begun, when it is trained from scratch.",
+    ),
     "optim": ("Optimizers", "How all weights are trained while the optimizer remembers little of each."),
     "recipe": ("Recipes", "Points that a paper has given a name."),
 }
@@ -170,14 +174,17 @@ def when(method: rf.Method, doc: Docstring, found: Mapping[str, Cost]) -> str:
         "optim": _of_optim,
         "recipe": _of_recipe,
     }
-    facts = "\n".join(f"- {fact}" for fact in (asked[method.axis](method) if method.axis in asked else ()))
+    axis = space.axis_of(method)
+    facts = "\n".join(f"- {fact}" for fact in (asked[axis](method) if axis in asked else ()))
     return "\n\n".join(text for text in (escaped(doc.use), facts) if text)
 
 
 def _of_structure(method: rf.Method, found: Mapping[str, Cost]) -> Iterator[str]:
     traits = method.traits
+    if traits["scratch"]:
+        yield "Takes the place of the weights, which are let go; everything else in the model trains too."
     for kind, mine in list(found.items())[:1]:
-        if method.name != "lora":
+        if method.name != "lora" and not traits["scratch"]:
             yield f"Trains {_compared(mine, of_lora(kind))} at the default ranks."
     yield _folding(why_not_folded(method))
     if traits["gate"]:
@@ -351,7 +358,7 @@ def cost(method: rf.Method, found: Mapping[str, Cost]) -> str:
     rows += [_cost_row(of_lora(kind), "LoRA in the same: ") for kind in found if method.name != "lora"]
     words = (
         "its default rank"
-        if method.axis == "structure"
+        if space.axis_of(method) == "structure"
         else "the default rank of the structure that it is used with"
     )
     head = ("layer", "rank", "trained", "saved", "multiply-adds of a token", "over the frozen layer")
@@ -382,10 +389,12 @@ def partners(method: rf.Method) -> str:
     """Return which layers a method takes and which methods of the other axes."""
     if method.axis == "optim":
         return "Any model. It is no part of a point: it stands where the optimizer stands."
+    if space.axis_of(method) == "pretrain":
+        return "Any model and any optimizer. It is no part of a point."
     lines = [f"- The point `{accepted_point(method).text()}`."] if method.axis == "recipe" else []
     if method.traits.get("activations"):
         lines.append(f"- Modules: {_outputs(method)}.")
-    elif method.axis == "structure":
+    elif space.axis_of(method) == "structure":
         lines.append(f"- Layers: {_listed(LAYER_WORDS.get(k, k) for k in method.traits['layers'])}.")
     verdicts = _verdicts().get((method.axis, method.name), [])
     for axis in dict.fromkeys(other.axis for other, _ in verdicts):

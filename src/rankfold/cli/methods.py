@@ -51,10 +51,10 @@ def _compose(name: str | None, axis: str | None, as_json: bool) -> None:
     if name is None and axis is None and not as_json:
         typer.echo(space.table())
         return
-    found = [v for v in space.pairs() if axis in (None, v.first.axis, v.second.axis)]
+    found = [v for v in space.pairs() if axis in (None, *map(space.axis_of, (v.first, v.second)))]
     if name is not None:
         wanted = rf.find_method(name)
-        if wanted.axis not in space.AXES:
+        if space.axis_of(wanted) not in space.AXES:
             raise InvalidOption(f"{wanted.name} is a {wanted.axis} and no part that could be combined")
         found = [v for v in space.pairs() if wanted in (v.first, v.second)]
     if as_json:

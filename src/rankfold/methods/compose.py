@@ -125,6 +125,8 @@ def _of_dynamics(structure: Chosen, ranks: Chosen | None, each: Chosen) -> Itera
         yield f"{each.name} works without dropout, and {structure.name} draws noise between the factors"
     if each.trait("moves_base") and structure.trait("activations"):
         yield f"{each.name} moves changes into stored weights, and {structure.name} changes activations"
+    if each.trait("moves_base") and structure.trait("scratch"):
+        yield f"{each.name} moves changes into stored weights, and {structure.name} takes the place of those"
     changed = ranks is not None and (_on_pairs(ranks) or ranks.trait("entries")(ranks.options))
     if ranks is not None and changed and not each.trait("gates"):
         does = "puts a gate between them" if _gated(ranks) else "changes them too"

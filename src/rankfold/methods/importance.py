@@ -77,7 +77,8 @@ def _forward_hook(path: str, arrived: Arrived, wanted: Callable[[str], bool]) ->
 @torch.no_grad()
 def _sensitivity(layer: StructuredLayer, x: Tensor, gradient: Tensor) -> Tensor:
     assert layer.expression is not None
-    change = layer.expression.dense() - layer.matrix()
+    change = layer.expression.dense()
+    change = change if layer.is_released else change - layer.matrix()
     return (change * weight_gradient(layer, x, gradient)).abs().sum()
 
 

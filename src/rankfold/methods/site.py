@@ -331,7 +331,7 @@ class Site(Place):
             raise InvalidOption(f"dropout must be in [0, 1), not {dropout}")
         up, down = self.trained(factors.up, f"{prefix}up"), self.trained(factors.down, f"{prefix}down")
         product = form(up, down)
-        self._insert_gates(product, f"{prefix}gate")
+        self._insert_gates(product, f"{prefix}gate", factors.start)
         change: Weight = scaling * product
         if dropout:
             change = Dropped(change, dropout)
@@ -343,11 +343,11 @@ class Site(Place):
         )
         return change - scaling * start
 
-    def _insert_gates(self, product: Weight, name: str) -> None:
+    def _insert_gates(self, product: Weight, name: str, start: str) -> None:
         if self.rule is None or not self.rule.gated:
             return
         gives = self.init[0].traits["gives"] if self.init else ()
-        start = next((g for g in ("gated", "residual", "displaced") if g in gives), "zero")
+        start = next((g for g in ("gated", "residual", "displaced") if g in gives), start)
         for pair in list(product.pairs()):
             pair.owner.insert_gate(self.rule.gate(self, name, pair.up.shape[-1], start))
 

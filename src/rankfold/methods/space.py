@@ -51,8 +51,25 @@ def pairs() -> Iterator[Verdict]:
     pair with an initialiser that needs a dynamics with that dynamics.
     """
     for one, other in itertools.combinations(AXES, 2):
-        for first, second in itertools.product(methods(one), methods(other)):
+        for first, second in itertools.product(parts_on(one), parts_on(other)):
             yield judge(first, second)
+
+
+def parts_on(axis: str) -> list[Method]:
+    """Return the methods that stand on an axis of a point; weights trained from scratch are structures."""
+    scratch = methods("pretrain") if axis == "structure" else []
+    return methods(axis) + [method for method in scratch if "scratch" in method.traits]
+
+
+def axis_of(method: Method) -> str:
+    """Return the axis of a point on which a method stands, or its own where it is no part of one.
+
+    Example:
+        >>> from rankfold import find_method
+        >>> axis_of(find_method("sltrain")), axis_of(find_method("galore"))
+        ('structure', 'optim')
+    """
+    return "structure" if "scratch" in method.traits else method.axis
 
 
 def judge(first: Method, second: Method) -> Verdict:
@@ -63,7 +80,7 @@ def judge(first: Method, second: Method) -> Verdict:
 
 def point(parts: Sequence[Method]) -> Recipe:
     """Return the recipe of methods of different axes, with the options without which they cannot be used."""
-    chosen: dict[str, Part] = {m.axis: part_of(m) for m in parts if m.axis != "dynamics"}
+    chosen: dict[str, Part] = {axis_of(m): part_of(m) for m in parts if m.axis != "dynamics"}
     dynamics = [part_of(m) for m in parts if m.axis == "dynamics"]
     init = next((m for m in parts if m.axis == "init"), None)
     if init is not None:
@@ -96,7 +113,7 @@ def table() -> str:
     lines: list[str] = []
     for one, other in itertools.combinations(AXES, 2):
         lines += [f"{one} x {other}", ""]
-        for first in methods(one):
+        for first in parts_on(one):
             mine = [v for v in verdicts if v.first is first and v.second.axis == other]
             lines += _row(first.name, mine)
         lines.append("")

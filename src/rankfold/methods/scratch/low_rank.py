@@ -9,10 +9,12 @@ W0 = U diag(s) V^T, B = U_r diag(s_r)^(1/2), A = diag(s_r)^(1/2) V_r^T. Start: t
 Deviations: without their weight decay on the product (Frobenius decay); r is a number, not a share.
 """
 
+from dataclasses import replace
+
 from ...linalg import truncated_svd
 from ...weights import Weight
 from ..registry import not_base, structure
-from ..site import Basis, Site
+from ..site import Basis, Factors, Site
 
 
 @structure(
@@ -36,8 +38,7 @@ def low_rank(site: Site, rank: int) -> Weight:
         site: the weight.
         rank: r.
     """
-    up, down = site.zeros(site.shape[0], rank), site.zeros(rank, site.shape[1])
+    factors = Factors(site.zeros(site.shape[0], rank), site.zeros(rank, site.shape[1]), "displaced")
     if not site.blank:
-        factors = Basis(*truncated_svd(site.matrix(), rank)).split(1.0)
-        up, down = factors.up, factors.down
-    return site.trained(up, "up") @ site.trained(down, "down")
+        factors = replace(Basis(*truncated_svd(site.matrix(), rank)).split(1.0), start="displaced")
+    return site.change(factors, 1.0)

@@ -18,7 +18,7 @@ from ...weights import Weight
 from ..limits import in_range
 from ..registry import not_base, structure
 from ..selected import scattered
-from ..site import Site
+from ..site import Factors, Site
 
 
 @structure(
@@ -50,7 +50,6 @@ def sltrain(site: Site, rank: int, *, density: float = 0.03, alpha: float | None
     support = torch.zeros(count, dtype=torch.long)
     if not site.blank:
         support = torch.randperm(out * columns, generator=site.generator("support"))[:count].sort().values
-    up = site.trained(site.zeros(out, rank), "up")
-    down = site.trained(site.uniform("down", rank, columns, bound=bound), "down")
+    factors = Factors(site.zeros(out, rank), site.uniform("down", rank, columns, bound=bound))
     values = site.uniform("values", count, bound=bound)
-    return site.scaling(alpha, rank) * (up @ down) + scattered(site, support, values)
+    return site.change(factors, site.scaling(alpha, rank)) + scattered(site, support, values)
