@@ -143,3 +143,30 @@ def test_a_point_may_add_ranks_and_dynamics():
     model = rf.adapt(nn.Sequential(nn.Linear(12, 8)), "low-rank/lora+", rank=2)
     groups = rf.param_groups(model, lr=0.01)
     assert sorted({group["lr"] for group in groups}) == [0.01, 0.16]
+
+
+def test_a_change_that_moves_the_weights_need_not_keep_those_it_came_from(tmp_path):
+    plain = sum(p.numel() for p in language_model().parameters())
+    kept = rf.adapt(language_model(), "lora/relora", rank=2, train="all")
+    lean = rf.adapt(language_model(), "lora/relora", rank=2, train="all", removable=False)
+    lora = sum(p.numel() for name, p in lean.named_parameters() if "adapters" in name)
+    assert rf.count(lean).stored == plain + lora
+    assert rf.count(kept).stored > plain + lora
+    assert torch.equal(lean(IDS).logits, language_model()(IDS).logits)
+    with pytest.raises(Incompatible, match="no base"):
+        rf.remove(lean)
+    with pytest.warns(UserWarning, match="never been attached"):
+        rf.save(lean, tmp_path / "model")
+    other = language_model(initializer_range=0.3)
+    assert torch.equal(rf.load(other, tmp_path / "model")(IDS).logits, lean(IDS).logits)
+    assert rf.count(other) == rf.count(lean)
+    rf.fold(other)
+    assert list(other.state_dict()) == list(language_model().state_dict())
+
+
+def test_a_change_that_reads_the_weights_keeps_them(tmp_path):
+    model = rf.adapt(language_model(), "lora", rank=2, train="all", removable=False)
+    assert model.model.layers[0].mlp.up_proj.weight is not None
+    with pytest.raises(Incompatible, match="no base"):
+        rf.remove(model)
+    rf.fold(trained(model))

@@ -74,7 +74,7 @@ class Adapter:
         gate_keys: the gates that it needs.
         watch: waits for the first forward, to see whether every layer is called.
         attached: its dynamics have ridden on an optimizer, or there are none that have to.
-        scratch: its expressions take the place of the stored weights, which are let go.
+        scratch: whatever it does not read of the stored weights is let go, so it cannot be removed.
     """
 
     name: str
@@ -210,9 +210,8 @@ class Adaptation:
 
     @property
     def scratch(self) -> str | None:
-        """The adapter that took the place of stored weights, which are gone, or None."""
-        held = (layer for layer in self.layers.values() if layer.is_released and layer.lender is None)
-        return next((name for layer in held for name in layer.adapters), None)
+        """The adapter without which there is no base to go back to, or None."""
+        return next((name for name, adapter in self.adapters.items() if adapter.scratch), None)
 
     def _check_base(self, chosen: list[Adapter]) -> None:
         name = self.scratch
@@ -605,6 +604,7 @@ def fold(
     for name in adaptation.active:
         adaptation.base_values.update({k: v.clone() for k, v in adaptation.whole(name).items()})
     for name in list(adaptation.adapters):
+        adaptation.adapters[name].scratch = False  # its weights are there again
         adaptation.remove(name)
     if errors and report is None:
         warnings.warn("\n".join(map(str, errors)), Requantised, stacklevel=3)  # above it, that of no_grad

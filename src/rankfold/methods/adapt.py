@@ -76,6 +76,7 @@ def adapt(
     progress: bool = True,
     train: Sequence[str] | str = (),
     uncalled: str = "error",
+    removable: bool = True,
     **options: Any,
 ) -> nn.Module:
     """Adapt a model in place: every targeted weight becomes an expression around the weight that is there.
@@ -102,6 +103,8 @@ def adapt(
             structures that are trained from scratch do by themselves.
         uncalled: "error" raises in the first forward that leaves a targeted layer uncalled, naming it;
             "allow" does not (for experts that are not always used).
+        removable: keep what `remove` needs: copies of modules trained whole, and stored weights that are not
+            read any more. False saves their memory where a model is trained from scratch.
         options: of the structure, such as `alpha=32`; those of other parts are given by a recipe, such as
             `Recipe("lora", init=("lora-ga", {"gamma": 64}))`.
 
@@ -130,6 +133,7 @@ def adapt(
         seed=seed,
         train=train,
         calibration=Calibration(data, lr, loss, progress),
+        removable=removable,
     )
     install(model, prepared)
     if uncalled == "error":

@@ -192,6 +192,7 @@ def _rebuild(model: nn.Module, record: Mapping[str, Any], name: str) -> Prepared
             heads=False,
             blank=True,
             allotment=Allotment(record["ranks"], record.get("references", {}), record.get("rank")),
+            removable=bool(record.get("removable", True)),
         )
     except RankfoldError:
         raise

@@ -28,7 +28,7 @@ from ..layers import (
     task_heads,
 )
 from ..layers.targets import candidates
-from ..weights import Moved, Pooled, Weight
+from ..weights import Base, Moved, Pooled, Weight
 from .aim import chosen_targets, follow_ties, inside, is_preset, refuse_overlap, stored_identity
 from .calibrate import Calibration, Collected, check_given, collected, needed
 from .capacity import Allotment, allotted_ranks, asked_rank, largest_rank
@@ -76,6 +76,7 @@ def prepare(
     blank: bool = False,
     allotment: Allotment | None = None,
     calibration: Calibration | None = None,
+    removable: bool = True,
 ) -> Prepared:
     """Build an adapter beside a model that is not touched.
 
@@ -91,12 +92,13 @@ def prepare(
         blank: build shapes only, the values will be loaded.
         allotment: how much rank every path gets, where it is known already.
         calibration: what the caller gives for it.
+        removable: keep what going back to the base takes.
     """
     existing = adaptation_of(model)
     _check_name(name, existing)
     _check_seed(seed)
     _refuse_nested(model, existing)
-    _refuse_on_scratch(resolved, existing)
+    _refuse_on_scratch(resolved, existing, removable)
     adaptation = existing or Adaptation(model)
     everything = resolved.structure.traits["scratch"] or train in (EVERYTHING, [EVERYTHING])
     trained = [] if everything else find_modules(model, _several(train))
@@ -129,10 +131,11 @@ def prepare(
     )
     trained = [EVERYTHING] if everything else trained
     record = _record(resolved, seed, allotment, list(sites), trained) | {"plan": planned.digest()}
+    record |= {} if removable else {"removable": False}
     adapter = Adapter(name, record, resolved.structure.traits["stage"], list(sites))
     adapter.shared = {key: _attribute(name, key) for key in planned.shared}
     adapter.attached = blank or not resolved.acts
-    adapter.scratch = resolved.structure.traits["scratch"]
+    adapter.scratch = resolved.structure.traits["scratch"] or not removable
     return Prepared(
         adaptation=adaptation,
         adapter=adapter,
@@ -175,7 +178,7 @@ def _everything_else(model: nn.Module, targets: Sequence[Target]) -> dict[str, T
     return found
 
 
-def _refuse_on_scratch(resolved: Resolved, existing: Adaptation | None) -> None:
+def _refuse_on_scratch(resolved: Resolved, existing: Adaptation | None, removable: bool) -> None:
     if existing is None:
         return
     if existing.scratch is not None:
@@ -183,9 +186,9 @@ def _refuse_on_scratch(resolved: Resolved, existing: Adaptation | None) -> None:
             f"the weights were replaced by the adapter {existing.scratch!r}, and no other change stands on "
             "it; rankfold.fold(model) first"
         )
-    if resolved.structure.traits["scratch"]:
+    if resolved.structure.traits["scratch"] or not removable:
         raise Incompatible(
-            f"{resolved.structure.name} takes the place of the weights, and the model holds an adapter that "
+            f"{resolved.structure.name} would let go of the weights, and the model holds an adapter that "
             "stands on them; fold or remove it first"
         )
 
@@ -383,6 +386,9 @@ def _build(resolved: Resolved, site: Place, rank: int | None) -> Weight | Branch
         raise TypeError(
             f"{resolved.structure.name} returned {type(result).__name__}, not a Weight or a Branch"
         )
+    for method in resolved.dynamics.values():
+        if isinstance(site, Site) and isinstance(result, Weight):
+            result = method.wrapped(site, result)
     return result
 
 
@@ -421,8 +427,7 @@ def install(model: nn.Module, prepared: Prepared) -> Adaptation:
         layer.borrow(prepared.layers[lender])
         adaptation.place(target, layer)
     if adapter.scratch:
-        for layer in {id(layer): layer for layer in adaptation.layers.values()}.values():
-            layer.release()
+        _let_go(adaptation, prepared)
     for path, branch in prepared.branches.items():
         _attach_branch(model, adapter, path, branch)
     for key, rule in prepared.gate_rules.items():
@@ -432,6 +437,18 @@ def install(model: nn.Module, prepared: Prepared) -> Adaptation:
         adapter.gate_keys.add(key)
     adaptation.add(adapter, prepared.whole)
     return adaptation
+
+
+def _let_go(adaptation: Adaptation, prepared: Prepared) -> None:
+    """Let go of stored weights that no expression reads."""
+    unread = {
+        path
+        for path, expression in prepared.expressions.items()
+        if all(isinstance(leaf, Moved) for leaf in expression.leaves() if isinstance(leaf, Base))
+    }
+    followers = {target.path for target, lender in prepared.borrowers if lender in unread}
+    for path in sorted(unread | followers):
+        adaptation.layers[path].release()
 
 
 def _register(model: nn.Module, attribute: str, tensor: Tensor) -> None:
