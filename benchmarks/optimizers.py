@@ -4,7 +4,8 @@ python benchmarks/optimizers.py [--cases galore2,fira] [--rounds 7] [--json FILE
 
 25.3 million parameters in the 56 matrices of a Llama-shaped model (hidden 512, 8 layers), rank 64. The floor
 of a projected step is its two products, down and up, and fused AdamW on the small matrices. Gradients have
-spectra that fall as 1 / k, so that a basis has something to find; what it keeps is held against the exact.
+spectra that fall as 1 / k, so that a basis has something to find; a refresh meets gradients of which half is
+new, and what its basis keeps of them is held against the exact one.
 """
 
 import argparse
@@ -52,6 +53,7 @@ def cases() -> dict[str, Maker]:
         "fira": lambda p, gap: rf.optim.fira(p, 1e-4, rank=RANK, refresh=gap, projector="randomized"),
         "frugal": lambda p, gap: rf.optim.frugal(p, 1e-4, density=RANK / HIDDEN, refresh=gap),
         "dct-projection": lambda p, gap: rf.optim.dct_projection(p, 1e-4, rank=RANK, refresh=gap),
+        "dct-projection every step": lambda p, gap: rf.optim.dct_projection(p, 1e-4, rank=RANK),
         "sara-sampling": lambda p, gap: rf.optim.sara_sampling(p, 1e-4, rank=RANK, refresh=gap),
         "online-subspace-descent": lambda p, gap: rf.optim.online_subspace_descent(p, 1e-4, rank=RANK),
     }
@@ -129,6 +131,11 @@ def energy(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> 
     return kept / exact
 
 
+def give(parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -146,21 +153,24 @@ def main() -> None:
     layers, rounds = (1, 2) if given.quick else (LAYERS, given.rounds)
     parameters = matrices(layers, HIDDEN, INNER)
     generator = torch.Generator().manual_seed(1)
-    for parameter in parameters:
-        parameter.grad = falling(parameter.shape, generator)
+    first_gradients = [falling(parameter.shape, generator) for parameter in parameters]
+    drifted = [known + falling(known.shape, generator) for known in first_gradients]
     numbers = sum(p.numel() for p in parameters) / MEGA
     print_header(
         "Projected optimizers", f"{numbers:.1f} million parameters in {len(parameters)} matrices, rank {RANK}"
     )
     print(" | ".join(COLUMNS))
+    give(parameters, first_gradients)
     rows, floor = [], floor_step(parameters)
     fused = paired_ratios(floor, {"fused": known["AdamW fused"](parameters, NEVER).step}, rounds)["fused"]
     for name in wanted:
+        give(parameters, first_gradients)
         optimizer = known[name](parameters, NEVER)
         first = cpu_seconds(optimizer.step)  # with a basis of its own
         plain = paired_ratios(floor, {name: optimizer.step}, rounds)[name]
         again = known[name](parameters, 1)
         again.step()
+        give(parameters, drifted)
         refresh = None if "AdamW" in name else max(0.0, cpu_seconds(again.step) - cpu_seconds(optimizer.step))
         row = {
             "optimizer": name, "step_over_floor": plain, "step_over_fused": plain / fused, "first": first,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import rankfold as rf
 from rankfold.errors import InvalidOption
 from rankfold.optim import ProjectedOptimizer
 
-PAPERS = rf.methods("optim")
+PAPERS = [m for m in rf.methods("optim") if get_type_hints(m.build)["return"] is ProjectedOptimizer]
 
 
 def network() -> nn.Module:

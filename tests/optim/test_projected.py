@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ from rankfold.optim import (
     Sampled,
     Scaled,
     cosines,
+    frugal,
 )
+from rankfold.optim.frequencies import cosine_scores
 
 SGD = Momentum(0.0)
 
@@ -118,22 +121,6 @@ def test_what_is_kept_has_the_promised_size_and_is_tensors_alone() -> None:
         assert sum(state[key].numel() for key in ("exp_avg", "exp_avg_sq")) == 2 * 2 * 10
 
 
-@pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
-def test_steps_are_those_of_galore_torch(shape: tuple[int, int]) -> None:
-    galore = pytest.importorskip("galore_torch")
-    parameter = nn.Parameter(drawn(*shape).float())
-    other = nn.Parameter(parameter.detach().clone())
-    optimizer = ProjectedOptimizer([parameter], lr=0.01, rank=3, refresh=4, scale=0.25, inner=Adam(eps=1e-6))
-    group = {"params": [other], "rank": 3, "update_proj_gap": 4, "scale": 0.25, "proj_type": "std"}
-    theirs = galore.GaLoreAdamW([group], lr=0.01, no_deprecation_warning=True)
-    for step in range(4):  # a new basis has other signs there, and moments are kept as they are
-        parameter.grad = drawn(*shape, seed=step).float()
-        other.grad = parameter.grad.clone()
-        optimizer.step()
-        theirs.step()
-        torch.testing.assert_close(parameter, other, atol=2e-5, rtol=1e-4)
-
-
 # Bases ------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +178,23 @@ def test_cosines_are_orthonormal_and_the_best_choice_of_all() -> None:
     assert rest <= (1 - 3 / 6) * gradient.square().sum()
 
 
+@pytest.mark.parametrize("size", [255, 256, 257])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_scores_by_a_fast_transform_are_those_of_the_product(size: int, norm: str) -> None:
+    for gradient in (drawn(size, 1100), drawn(1100, size).T):
+        turned = cosines(size) @ gradient
+        wanted = turned.abs().sum(1) if norm == "l1" else turned.square().sum(1)
+        torch.testing.assert_close(cosine_scores(gradient, norm), wanted)
+
+
+def test_a_basis_that_starts_from_the_last_one_keeps_its_signs() -> None:
+    gradient, projector = decaying(30, 40), Randomized()
+    _, first = fitted(projector, gradient, 4)
+    turned = {"basis": first * torch.tensor([1, -1, -1, 1])}
+    again = projector.fit(gradient, 4, turned, torch.Generator().manual_seed(1))["basis"]
+    assert (again * turned["basis"]).sum(0).min() > 0.9
+
+
 def test_normal_bases_are_right_in_the_mean_with_the_known_error() -> None:
     gradient, total, errors = drawn(10, 4), torch.zeros(10, 4, dtype=torch.float64), []
     for seed in range(4000):
@@ -217,12 +221,21 @@ def test_online_principal_components_converge_to_the_leading_subspace() -> None:
     projector = OnlinePCA(rate=0.2)
     kept = {"basis": torch.linalg.qr(drawn(12, 3, seed=5)).Q}
     for _ in range(6000):
-        projector.stepped(gradient, kept, 1.0)
+        projector.stepped(gradient, projector.down(gradient, kept), kept, 1.0)
     wanted, found = fitted(Projector(), gradient, 3)[1], kept["basis"]
     torch.testing.assert_close(found.T @ found, torch.eye(3, dtype=torch.float64), atol=1e-3, rtol=0)
     torch.testing.assert_close(found @ found.T, wanted @ wanted.T, atol=1e-3, rtol=0)
-    projector.stepped(torch.zeros_like(gradient), kept, 1.0)
+    projector.stepped(torch.zeros_like(gradient), torch.zeros(3, 20), kept, 1.0)
     assert kept["basis"].isfinite().all()
+
+
+def test_online_principal_components_do_not_see_how_large_a_gradient_is() -> None:
+    gradient, projector, bases = drawn(6, 9), OnlinePCA(), []
+    for size in (1.0, 100.0):
+        kept = {"basis": torch.linalg.qr(drawn(6, 2, seed=5)).Q}
+        projector.stepped(size * gradient, projector.down(size * gradient, kept), kept, 1.0)
+        bases.append(kept["basis"])
+    torch.testing.assert_close(*bases)
 
 
 def test_heads_with_one_row_space_share_its_basis() -> None:
@@ -240,6 +253,13 @@ def test_without_an_inner_optimizer_the_scaled_rest_gives_plain_descent() -> Non
     parameter, optimizer = one(inner=SGD, residual=Scaled(growth=math.inf))
     gradient = drawn(6, 10, seed=1)
     torch.testing.assert_close(moved(parameter, optimizer, gradient), -0.1 * gradient, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("projector", ["svd", "coordinates", "gaussian"])
+def test_the_rest_itself_and_what_is_kept_are_the_gradient(projector: str) -> None:
+    parameter, optimizer = one(inner=SGD, residual="sgd", projector=projector)
+    gradient = drawn(6, 10, seed=1)
+    torch.testing.assert_close(moved(parameter, optimizer, gradient), -0.1 * gradient)
 
 
 def test_the_scaled_rest_has_full_rank_and_grows_by_a_limited_factor() -> None:
@@ -429,10 +449,37 @@ def test_small_steps_are_not_lost_in_bfloat16(rounding: str) -> None:
     assert found[rounding] == pytest.approx(1 - 50 * 1e-4, abs=2**-9)  # half a step of bfloat16
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "master"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_order_of_a_weight_in_memory_does_not_matter(rounding: str, dtype: torch.dtype) -> None:
+    start = drawn(6, 4, 3, 3).to(dtype)
+    both = [nn.Parameter(start.clone().to(memory_format=torch.channels_last)), nn.Parameter(start.clone())]
+    assert not both[0].is_contiguous()
+    for parameter in both:
+        optimizer = ProjectedOptimizer([parameter], lr=1e-2, rank=3, rounding=rounding, weight_decay=0.1)
+        for step in range(3):
+            parameter.grad = drawn(6, 4, 3, 3, seed=step).to(parameter)
+            optimizer.step()
+    torch.testing.assert_close(*both)
+    assert (both[0] - start).abs().max() > 1e-2
+
+
 def test_gradients_are_clipped_together_where_they_are_projected() -> None:
     parameter, optimizer = one(inner=SGD, clip=1e-3)
     change = moved(parameter, optimizer, drawn(6, 10, seed=1))
     assert float(change.norm()) == pytest.approx(0.1 * 1e-3, rel=1e-4)
+
+
+def test_a_step_that_is_compiled_is_the_same_step() -> None:
+    models = [network(), network()]
+    plain, compiled = (ProjectedOptimizer(m.named_parameters(), lr=1e-2, rank=3, refresh=2) for m in models)
+    step = torch.compile(compiled.step)
+    for number in range(5):
+        for model, optimizer, take in zip(models, (plain, compiled), (plain.step, step), strict=True):
+            train(model, optimizer, range(number, number + 1), layerwise=True)
+            take()
+            optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
 def test_a_closure_is_evaluated_once_with_gradients() -> None:
@@ -453,14 +500,17 @@ def test_a_closure_is_evaluated_once_with_gradients() -> None:
 # Bad input --------------------------------------------------------------------------------------------
 
 
-def test_a_gradient_that_is_not_finite_is_named_and_nothing_changes() -> None:
+@pytest.mark.parametrize("steps", [2, 4], ids=["before a refresh", "at a refresh"])
+@pytest.mark.parametrize("projector", ["svd", "coordinates"])
+def test_a_gradient_that_is_not_finite_is_named_and_nothing_changes(projector: str, steps: int) -> None:
     model = network()
-    optimizer = ProjectedOptimizer(model.named_parameters(), lr=1e-2, rank=3)
-    train(model, optimizer, range(2))
+    optimizer = ProjectedOptimizer(model.named_parameters(), lr=1e-2, rank=3, refresh=4, projector=projector)
+    train(model, optimizer, range(steps))
     before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    model[3].weight.grad[0, 0] = math.nan
+    chosen = optimizer.state[model[3].weight].get("basis.indices", torch.tensor([0, 1, 2])).tolist()
+    model[3].weight.grad[next(row for row in range(6) if row not in chosen), 0] = math.nan
     with pytest.raises(InvalidOption, match=r"the gradient of 3\.weight is not finite"):
         optimizer.step()
     after = [model.state_dict(), optimizer.state_dict()]
@@ -499,6 +549,75 @@ def test_sparse_gradients_and_clips_one_by_one_are_refused() -> None:
         one(clip=1.0)[1].step_in_backward()
 
 
+def test_a_parameter_without_a_gradient_stays_as_it_is_and_has_no_state() -> None:
+    model = network()
+    optimizer = ProjectedOptimizer(model.named_parameters(), lr=1e-2, rank=3, clip=1.0)
+    before = model[3].weight.detach().clone()
+    model[5](torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model[3].weight, before)
+    assert model[3].weight not in optimizer.state
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+def test_a_weight_whose_shape_has_changed_is_refused_and_nothing_else_moves() -> None:
+    model = network()
+    optimizer = ProjectedOptimizer(model.named_parameters(), lr=1e-2, rank=3)
+    train(model, optimizer, range(2))
+    model[5].weight.data = torch.ones(5, 6)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InvalidOption, match=r"5\.weight has the shape \(5, 6\), .* made for \(4, 6\)"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_rank_that_changes_in_the_middle_is_refused() -> None:
+    parameter, optimizer = one()
+    moved(parameter, optimizer, drawn(6, 10))
+    optimizer.param_groups[0]["rank"] = 3
+    with pytest.raises(InvalidOption, match=r"w has moments of shape \(2, 10\) where \(3, 10\) is needed"):
+        moved(parameter, optimizer, drawn(6, 10))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2}, "group 0 of the state was saved with rank 3, and this optimizer has 2"),
+        ({"side": "reverse"}, "saved with side 'auto'"),
+        ({"refresh": 7}, "saved with refresh 200"),
+        ({"projector": "dct"}, r"saved with parts 'projector=Projector, inner=Adam\(betas=\(0.9"),
+        ({"inner": "lion"}, "inner=Lion"),
+        ({"residual": Scaled(2.0)}, r"residual=Scaled\(growth=2.0\)"),
+        ({"seed": 1}, "seed=1"),
+    ],
+)
+def test_a_state_of_another_configuration_is_refused(options: dict[str, Any], message: str) -> None:
+    model = network()
+    saved = ProjectedOptimizer(model.named_parameters(), rank=3)
+    train(model, saved, range(2))
+    optimizer = ProjectedOptimizer(model.named_parameters(), **{"rank": 3, **options})
+    with pytest.raises(InvalidOption, match=message):
+        optimizer.load_state_dict(saved.state_dict())
+    assert not optimizer.state
+
+
+def test_rates_may_change_between_a_state_and_its_resumption() -> None:
+    parameter, saved = one(weight_decay=0.1)
+    moved(parameter, saved, drawn(6, 10))
+    _, optimizer = one(lr=0.5)
+    optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.1  # as everywhere in torch, those of the state
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_half_precision_that_cannot_be_rounded_at_random_is_refused_at_once() -> None:
+    with pytest.raises(InvalidOption, match="stochastic rounding is for bfloat16"):
+        ProjectedOptimizer([nn.Parameter(torch.ones(4, 4).half())], rank=2, rounding="stochastic")
+
+
 def test_groups_may_differ_and_none_is_projected_without_a_rank() -> None:
     model = network()
     groups = [{"params": [model[3].weight], "rank": 2}, {"params": [model[5].weight], "rank": None}]
@@ -506,3 +625,69 @@ def test_groups_may_differ_and_none_is_projected_without_a_rank() -> None:
     train(model, optimizer, range(2))
     assert optimizer.state[model[3].weight]["exp_avg"].shape == (2, 40)
     assert optimizer.state[model[5].weight]["exp_avg"].shape == (4, 6)
+
+
+# Whole weights that take turns -------------------------------------------------------------------------
+
+
+def turns(steps: int, **options: Any) -> Iterator[tuple[list[nn.Parameter], Any, list[Tensor]]]:
+    """Yield weights, their optimizer and their changes, after every step with gradients of ones."""
+    parameters = [nn.Parameter(torch.zeros(4, 6)) for _ in range(4)]
+    named = [(f"w{at}", parameter) for at, parameter in enumerate(parameters)]
+    optimizer = frugal(
+        named, 0.5, projector="blocks", **{"density": 0.5, "refresh": 3, "sign": 0.1, **options}
+    )
+    for step in range(steps):
+        before = [parameter.detach().clone() for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = torch.full((4, 6), 2.0 + step)
+        optimizer.step()
+        yield parameters, optimizer, [p.detach() - b for p, b in zip(parameters, before, strict=True)]
+
+
+def test_weights_take_turns_and_what_waits_keeps_nothing_and_moves_by_signs() -> None:
+    seen = []
+    for parameters, optimizer, changes in turns(6):
+        active = [at for at, parameter in enumerate(parameters) if "exp_avg" in optimizer.state[parameter]]
+        assert len(active) == 2
+        for at in {0, 1, 2, 3} - set(active):
+            torch.testing.assert_close(changes[at], torch.full((4, 6), -0.5 * 0.1))
+        seen.append(active)
+    assert seen[0] == seen[2] != seen[3] == seen[5]
+    assert sorted(seen[0] + seen[3]) == [0, 1, 2, 3]
+
+
+def test_every_turn_begins_with_a_step_of_one_rate() -> None:
+    for step, (parameters, optimizer, changes) in enumerate(turns(12)):
+        for parameter, change in zip(parameters, changes, strict=True):
+            state = optimizer.state[parameter]
+            if step % 3 == 0 and "exp_avg" in state:
+                assert int(state["inner_step"]) == 1
+                torch.testing.assert_close(change, torch.full((4, 6), -0.5), atol=1e-5, rtol=0)
+
+
+def test_all_blocks_at_a_time_are_adam_until_the_next_turn() -> None:
+    adam = nn.Parameter(torch.zeros(4, 6))
+    plain = torch.optim.AdamW([adam], lr=0.5, weight_decay=0)
+    for step, (parameters, _, _) in enumerate(turns(3, density=1.0)):
+        adam.grad = torch.full((4, 6), 2.0 + step)
+        plain.step()
+        torch.testing.assert_close(parameters[0], adam)
+
+
+def test_turns_of_a_resumed_run_go_on_bit_for_bit() -> None:
+    def made(model: nn.Module) -> ProjectedOptimizer:
+        return frugal(model, 1e-2, projector="blocks", density=0.3, refresh=2)
+
+    whole = network()
+    first = made(whole)
+    train(whole, first, range(5))
+    resumed = copy.deepcopy(whole)
+    second = made(resumed)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for each, optimizer in ((whole, first), (resumed, second)):
+        train(each, optimizer, range(5, 12))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    other = frugal(network(), 1e-2, projector="blocks", density=0.5, refresh=2)
+    with pytest.raises(InvalidOption, match=r"density=0\.3"):
+        other.load_state_dict(first.state_dict())

@@ -1,8 +1,38 @@
 """What optimizers keep: how it follows a parameter's changes, and how it is kept at low rank."""
 
-from .inner import INNERS, Adafactor, Adam, Inner, Lion, Momentum
-from .papers import dct_projection, fira, frugal, galore, galore2, online_subspace_descent, sara_sampling
-from .projected import ProjectedOptimizer, stochastically_rounded
+from .accumulation import CompressedAccumulation
+from .frequencies import cosines
+from .inner import INNERS, Adafactor, Adam, Adam8bit, Inner, Lion, Momentum
+from .orthogonal import Muon
+from .outer import OuterOptimizer, Processes, Together, rounds_end
+from .papers import (
+    dct_projection,
+    diloco,
+    eager_diloco,
+    eggroll,
+    excess_kurtosis,
+    fira,
+    flora,
+    fold_outlier_safe,
+    frugal,
+    galore,
+    galore2,
+    galore_plus,
+    gradnormlorp,
+    muon,
+    mup,
+    mup_model,
+    online_subspace_descent,
+    outlier_safe,
+    project_embeddings,
+    residual_weights,
+    sara_sampling,
+    u_mup,
+    u_mup_model,
+    weight_decay_scaling,
+)
+from .population import Population
+from .projected import ProjectedOptimizer
 from .projectors import (
     PROJECTORS,
     Coordinates,
@@ -14,10 +44,12 @@ from .projectors import (
     Projector,
     Randomized,
     Sampled,
-    cosines,
 )
 from .residuals import RESIDUALS, Plain, Residual, Scaled, Sign, Sparse
+from .rounding import stochastically_rounded
+from .single_scale import SingleScaleNorm, single_scale_norms
 from .state import adam_options, first_moments, moments, reset, resize, second_moments, transform, unwrapped
+from .widths import shapes
 
 __all__ = [
     "INNERS",
@@ -25,6 +57,8 @@ __all__ = [
     "RESIDUALS",
     "Adafactor",
     "Adam",
+    "Adam8bit",
+    "CompressedAccumulation",
     "Coordinates",
     "Cosines",
     "CrossHead",
@@ -32,9 +66,13 @@ __all__ = [
     "Inner",
     "Lion",
     "Momentum",
+    "Muon",
     "OnlinePCA",
     "Orthonormal",
+    "OuterOptimizer",
     "Plain",
+    "Population",
+    "Processes",
     "ProjectedOptimizer",
     "Projector",
     "Randomized",
@@ -42,22 +80,44 @@ __all__ = [
     "Sampled",
     "Scaled",
     "Sign",
+    "SingleScaleNorm",
     "Sparse",
+    "Together",
     "adam_options",
     "cosines",
     "dct_projection",
+    "diloco",
+    "eager_diloco",
+    "eggroll",
+    "excess_kurtosis",
     "fira",
     "first_moments",
+    "flora",
+    "fold_outlier_safe",
     "frugal",
     "galore",
     "galore2",
+    "galore_plus",
+    "gradnormlorp",
     "moments",
+    "muon",
+    "mup",
+    "mup_model",
     "online_subspace_descent",
+    "outlier_safe",
+    "project_embeddings",
     "reset",
+    "residual_weights",
     "resize",
+    "rounds_end",
     "sara_sampling",
     "second_moments",
+    "shapes",
+    "single_scale_norms",
     "stochastically_rounded",
     "transform",
+    "u_mup",
+    "u_mup_model",
     "unwrapped",
+    "weight_decay_scaling",
 ]

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import InvalidOption, InvalidRank, near_names
+from ..errors import InvalidOption
+from .bases import is_due, refresh
 from .inner import INNERS, Inner
-from .projectors import PROJECTORS, Kept, Projector
-from .residuals import RESIDUALS, Residual, Scaled
-
-SIDES = ("auto", "reverse", "left", "right")
-TRANSPORTS = ("keep", "rotate", "reset")
-ROUNDINGS = ("nearest", "stochastic", "master")
-_BASIS = "basis."  # before the names of what a basis is made of
-
-
-@dataclass
-class _Work:
-    """One parameter in one step."""
-
-    group: dict[str, Any]
-    name: str
-    parameter: Tensor
-    gradient: Tensor
+from .matrices import Layout, State, Work, basis_of, keep_basis, layout_of, named
+from .projectors import PROJECTORS, Coordinates, Projector
+from .refusals import (
+    chosen,
+    require_finite,
+    require_fitting,
+    require_options,
+    require_same,
+    require_weight,
+    spelled,
+)
+from .residuals import RESIDUALS, Residual, Split
+from .rounding import HALF
 
 
 class ProjectedOptimizer(Optimizer):
@@ -44,6 +38,10 @@ class ProjectedOptimizer(Optimizer):
     convolutions are matrices (out, in * window). The state is tensors alone, and a run that is resumed from
     `state_dict()` goes on bit for bit.
 
+    Of weights that FSDP2 shards, moments and basis are shards too; G is gathered, one weight at a time, when
+    a basis is chosen. The inner optimizers adamw8bit and adafactor, online-pca and the sparse rest see
+    columns together: there every process gathers G in every step and keeps the whole state.
+
     Args:
         params: parameters, (name, parameter) pairs or groups; a group may set any of the options below.
         lr: learning rate.
@@ -51,7 +49,7 @@ class ProjectedOptimizer(Optimizer):
         projector: how P is chosen: svd, randomized, sampled, gaussian, orthonormal, coordinates, dct,
             online-pca, or a `Projector`, such as `CrossHead(heads=8)`.
         refresh: steps between two choices of P.
-        inner: adamw, lion, sgd, adafactor, or an `Inner`.
+        inner: adamw, adamw8bit (moments in 8 bits, needs torchao), lion, sgd, adafactor, or an `Inner`.
         residual: what is done with the rest of G: drop, scaled, sign, sgd, sparse, or a `Residual`.
         side: which side is projected: auto (the shorter), reverse (the longer), left (rows) or right
             (columns).
@@ -100,13 +98,15 @@ class ProjectedOptimizer(Optimizer):
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
-        self.projector = _chosen("projector", PROJECTORS, projector)
-        self.inner = _chosen("inner", {name: kind() for name, kind in INNERS.items()}, inner)
-        self.residual = _chosen("residual", RESIDUALS, residual)
+        self.projector: Projector = chosen("projector", PROJECTORS, projector)
+        self.inner = chosen("inner", INNERS, inner)
+        if isinstance(self.inner, type):
+            self.inner = self.inner()
+        self.residual: Residual = chosen("residual", RESIDUALS, residual)
         self.clip, self.seed, self.staggered = clip, seed, staggered
         defaults = {
             "lr": lr, "rank": rank, "refresh": refresh, "side": side, "scale": scale, "transport": transport,
-            "weight_decay": weight_decay, "overlap": overlap, "rounding": rounding,
+            "weight_decay": weight_decay, "overlap": overlap, "rounding": rounding, "parts": "",
         }  # fmt: skip
         super().__init__(params, defaults)
 
@@ -115,175 +115,145 @@ class ProjectedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("initial_lr", group["lr"])
-        _check(group)
-        for name, parameter in _named(len(self.param_groups) - 1, group):
-            if _is_projected(group, parameter):
-                most = min(_matrix_shape(parameter))
-                if group["rank"] > most:
-                    raise InvalidRank(f"{name}: rank {group['rank']} is more than its smaller side, {most}")
+        require_options(group)
+        for name, parameter in named(len(self.param_groups) - 1, group):
+            require_weight(group, name, parameter)
 
     # The step --------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step.
+        """Take a step; where it is compiled, it runs as it is.
 
         Args:
             closure: evaluates the model again and returns the loss.
 
         Raises:
-            InvalidOption: a gradient is sparse or not finite; nothing has been changed.
+            InvalidOption: a gradient is sparse or not finite, or a weight has another shape than its state;
+                nothing has been changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = list(self._work())
-        _check_gradients(work)
-        prepared = [(each, self._prepared(each)) for each in work]
-        factor = self._clip_factor([low for _, (_, low) in prepared])
-        for each, (oriented, low) in prepared:
-            self._move(each, oriented, low, factor)
+        self._step(list(self._work()))
         return loss
 
-    def _work(self) -> Iterator[_Work]:
+    def _work(self) -> Iterator[Work]:
         for index, group in enumerate(self.param_groups):
-            for name, parameter in _named(index, group):
+            for name, parameter in named(index, group):
                 if parameter.grad is not None:
-                    yield _Work(group, name, parameter, parameter.grad)
+                    yield Work(group, name, parameter, parameter.grad, self.seed)
 
-    def _prepared(self, work: _Work) -> tuple[Tensor, Tensor]:
-        """Return the gradient with the projected side first, and what the inner optimizer sees of it."""
-        state = self.state[work.parameter]
+    def _step(self, work: list[Work]) -> None:
+        """Move these parameters, or none of them."""
+        layouts = [self._layout(each) for each in work]
+        for each, layout in zip(work, layouts, strict=True):
+            require_fitting(each, self.inner, layout.low, self.state.get(each.parameter, {}))
+        both = list(zip(work, layouts, strict=True))
+        lows = [self._early(each, layout) for each, layout in both]
+        seen = [
+            layout.local(each.gradient) if low is None else low
+            for (each, layout), low in zip(both, lows, strict=True)
+        ]
+        require_finite(work, seen)
+        factor = None
+        if self.clip is not None and work:
+            projected = [self._low(each, layout) for each, layout in both]
+            factor, lows = self._clip_factor(self.clip, projected, layouts), list(projected)
+        for (each, layout), low in zip(both, lows, strict=True):
+            self._move(each, layout, low, factor)
+
+    @staticmethod
+    def _clip_factor(clip: float, lows: list[Tensor], layouts: list[Layout]) -> Tensor:
+        squares = [layout.total(low.square().sum()) for low, layout in zip(lows, layouts, strict=True)]
+        factor: Tensor = (clip / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp_max(1.0)
+        return factor
+
+    def _layout(self, work: Work) -> Layout:
+        columnwise = self.projector.columnwise and self.residual.columnwise and self.inner.columnwise
+        return layout_of(work.group, work.parameter, columnwise)
+
+    def _begun(self, work: Work) -> State:
+        """Return the state of a parameter, with its counters."""
+        state: State = self.state[work.parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.int64)
             state["inner_step"] = torch.zeros((), dtype=torch.int64)
-            if work.group["rounding"] == "master" and work.parameter.dtype in _HALF:
-                state["master"] = work.parameter.detach().float()
-        gradient = work.gradient if work.gradient.dtype == torch.float64 else work.gradient.float()
-        if not _is_projected(work.group, work.parameter):
-            return gradient, gradient
-        matrix = gradient.reshape(len(gradient), -1)
-        oriented = matrix if _is_left(work.group, _matrix_shape(matrix)) else matrix.T
-        if int(state["step"]) >= int(state.get("due", -1)):
-            self._refresh(work, oriented, state)
-        return oriented, self.projector.down(oriented, _basis(state))
+            state["shape"] = torch.tensor(work.parameter.shape)
+            if work.group["rounding"] == "master" and work.parameter.dtype in HALF:
+                state["master"] = work.parameter.detach().float().contiguous()
+        return state
 
-    def _clip_factor(self, lows: list[Tensor]) -> Tensor | None:
-        if self.clip is None or not lows:
+    def _early(self, work: Work, layout: Layout) -> Tensor | None:
+        """Return R where it tells whether G is finite: a product with all of G that changes no state."""
+        state = self.state.get(work.parameter, {})
+        if (
+            not layout.projected
+            or layout.is_sharded
+            or is_due(state)
+            or isinstance(self.projector, Coordinates)
+        ):
             return None
-        total = torch.stack([low.norm() for low in lows]).norm()
-        factor: Tensor = (self.clip / (total + 1e-6)).clamp_max(1.0)
-        return factor
+        return self.projector.down(layout.gradient(work.gradient), basis_of(state))
 
-    def _move(self, work: _Work, oriented: Tensor, low: Tensor, factor: Tensor | None) -> None:
-        group, state = work.group, self.state[work.parameter]
+    def _low(self, work: Work, layout: Layout) -> Tensor:
+        """Return R, by a new basis where one is due."""
+        kept = self._begun(work)
+        state = layout.opened(kept)
+        low = self._projected(work, layout, layout.gradient(work.gradient), state)
+        layout.close(kept, state)
+        return low
+
+    def _projected(self, work: Work, layout: Layout, gradient: Tensor, state: State) -> Tensor:
+        if not layout.projected:
+            return gradient
+        if is_due(state):
+            self._refresh(work, layout.whole(work.gradient) if layout.spread else gradient, state)
+        return self.projector.down(gradient, basis_of(state))
+
+    def _refresh(self, work: Work, oriented: Tensor, state: State) -> None:
+        """Choose the basis anew from the whole of G (d, n)."""
+        refresh(self.projector, self.inner, work, oriented, state, self.staggered)
+
+    def _move(self, work: Work, layout: Layout, low: Tensor | None, factor: Tensor | None) -> None:
+        kept = self._begun(work)
+        state, gradient = layout.opened(kept), layout.gradient(work.gradient)
+        low = self._projected(work, layout, gradient, state) if low is None else low
         if factor is not None:
-            oriented, low = oriented * factor, low * factor
+            gradient, low = gradient * factor, low * factor
         state["step"] += 1
         state["inner_step"] += 1
         step = int(state["inner_step"])
         inner, correction = self.inner.direction(low, state, step)
-        if not _is_projected(group, work.parameter):
-            self._subtract(work, correction * inner)
-            return
-        basis = _basis(state)
-        left = _is_left(group, _matrix_shape(work.parameter))
-        if self._adds_in_place(work):
-            self._add_in_place(work, oriented, low, inner, correction, basis, left)
-            self._moved(group, state, basis, oriented)
-            return
-        direction = group["scale"] * correction * self.projector.up(inner, basis, oriented)
-        if not self.residual.drops:
-            rest = oriented - self.projector.up(low, basis, oriented)
-            more = self.residual.direction(rest, low, inner, correction, state, step)
-            direction = direction if more is None else direction + more
-        self._moved(group, state, basis, oriented)
-        self._subtract(work, (direction if left else direction.T).reshape(work.parameter.shape))
-
-    def _adds_in_place(self, work: _Work) -> bool:
-        """Whether the change can be added to the weight without being formed."""
-        full = work.parameter.dtype in (torch.float32, torch.float64)
-        scaled = isinstance(self.residual, Scaled) and self.projector.orthonormal
-        return (self.residual.drops or scaled) and full and work.parameter.is_contiguous()
-
-    def _add_in_place(
-        self,
-        work: _Work,
-        oriented: Tensor,
-        low: Tensor,
-        inner: Tensor,
-        correction: float,
-        basis: Kept,
-        left: bool,
-    ) -> None:
-        """Subtract what comes back from the low rank, and a scaled rest as G phi - P (R phi)."""
-        group = work.group
-        weight, rate = work.parameter.view(len(work.parameter), -1), group["lr"] * correction
-        if group["weight_decay"]:
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-        inner_sum = group["scale"] * inner
-        if isinstance(self.residual, Scaled):
-            scales = self.residual.scales(low, inner)
-            squares = (oriented.square().sum(0) - low.square().sum(0)).clamp_min(0)
-            size = (squares @ scales.square()).sqrt()
-            scales = scales * self.residual.limited(size, self.state[work.parameter])
-            inner_sum = inner_sum - low * scales
-            gradient, phi = (oriented, scales) if left else (oriented.T, scales[:, None])
-            weight.addcmul_(gradient, phi, value=-rate)
-        self.projector.add_up(weight, inner_sum, basis, oriented, -rate, left)
-
-    def _moved(self, group: dict[str, Any], state: dict[str, Any], basis: Kept, oriented: Tensor) -> None:
-        self.projector.stepped(oriented, basis, group["lr"] / (group["initial_lr"] or 1.0))
-        _keep(state, basis)
-
-    def _subtract(self, work: _Work, direction: Tensor) -> None:
-        group, parameter, state = work.group, work.parameter, self.state[work.parameter]
-        rate, kept = group["lr"], 1 - group["lr"] * group["weight_decay"]
-        if parameter.dtype not in _HALF or group["rounding"] == "nearest":
-            parameter.mul_(kept).sub_(direction.to(parameter.dtype), alpha=rate)
-        elif group["rounding"] == "master":
-            parameter.copy_(state["master"].mul_(kept).sub_(direction, alpha=rate))
+        base, target = layout.begin(work.group, state)
+        if layout.projected:
+            basis = basis_of(state)
+            split = Split(gradient, low, inner, correction, step, state, self.projector, basis, layout.total)
+            self._add(target, split, work.group)
+            keep_basis(state, basis)
         else:
-            wanted = parameter.float().mul_(kept).sub_(direction, alpha=rate)
-            parameter.copy_(stochastically_rounded(wanted, parameter.dtype, self._generator(work, state)))
+            target.sub_(inner, alpha=work.group["lr"] * correction)
+        layout.end(work, state, base, target)
+        layout.close(kept, state)
 
-    # The basis -------------------------------------------------------------------------------------------
+    def _add(self, target: Tensor, split: Split, group: dict[str, Any]) -> None:
+        """Subtract what comes back from the low rank, and what becomes of the rest."""
+        more, factor = self.residual.add(target, split, group["lr"]), group["scale"] * split.factor
+        if more is None:
+            self.projector.add_up(target, split.inner, split.kept, -group["lr"] * factor)
+        else:
+            self.projector.add_up(target, more.add_(split.inner, alpha=factor), split.kept, -group["lr"])
+        share = group["lr"] / (group["initial_lr"] or 1.0)
+        self.projector.stepped(split.gradient, split.low, split.kept, share)
 
-    def _refresh(self, work: _Work, oriented: Tensor, state: dict[str, Any]) -> None:
-        """Choose the basis anew, and let moments follow as they are meant to."""
-        group, old = work.group, _basis(state)
-        new = self.projector.fit(oriented, group["rank"], old, self._generator(work, state))
-        shared = None
-        if old and (group["transport"] == "rotate" or group["overlap"] is not None):
-            shared = self.projector.matrix(new, oriented).T @ self.projector.matrix(old, oriented)
-        if old:
-            self._transport(group["transport"], state, shared)
-        _keep(state, new)
-        state.pop("support", None)
-        clock, gap = int(state["step"]), int(state.get("gap", group["refresh"]))
-        if shared is not None and group["overlap"] is not None:
-            same = float(shared.square().sum()) / group["rank"] >= group["overlap"]
-            gap = min(2 * gap, _MOST * group["refresh"]) if same else group["refresh"]
-            state["gap"] = torch.tensor(gap)
-        first = "due" not in state and self.staggered
-        shift = _hashed(work.name) % group["refresh"] if first else 0
-        state["due"] = torch.tensor(clock + (shift or gap))
-
-    def _transport(self, transport: str, state: dict[str, Any], shared: Tensor | None) -> None:
-        moments = {
-            name: power for names, power in ((self.inner.first, 1), (self.inner.second, 2)) for name in names
-        }
-        if transport == "reset":
-            state["inner_step"].zero_()
-        for name, power in moments.items():
-            if transport == "reset" and name in state:
-                state[name].zero_()
-            elif transport == "rotate" and name in state and shared is not None:
-                state[name] = shared**power @ state[name]
-
-    def _generator(self, work: _Work, state: dict[str, Any]) -> torch.Generator:
-        return torch.Generator().manual_seed(_hashed(self.seed, work.name, int(state["step"])))
+    def _subtract(self, work: Work, direction: Tensor) -> None:
+        """Subtract a direction of the parameter's shape, times the learning rate."""
+        layout, state = Layout(work.group, work.parameter), self.state[work.parameter]
+        base, target = layout.begin(work.group, state)
+        target.sub_(layout.turned(direction), alpha=work.group["lr"])
+        layout.end(work, state, base, target)
 
     # Around it -------------------------------------------------------------------------------------------
 
@@ -291,7 +261,8 @@ class ProjectedOptimizer(Optimizer):
         """Let every parameter step as soon as its gradient is there, and free the gradient.
 
         So one gradient is alive at a time. Gradients cannot be accumulated or clipped together then, and
-        `step()` has nothing left to do.
+        `step()` has nothing left to do. Where FSDP2 reduces gradients, they are the reduced ones;
+        `DistributedDataParallel` averages them later, so with it, step as usual.
 
         Returns:
             A handle; `.remove()` ends it.
@@ -305,7 +276,7 @@ class ProjectedOptimizer(Optimizer):
             )
         handles = _Handles()
         for index, group in enumerate(self.param_groups):
-            for name, parameter in _named(index, group):
+            for name, parameter in named(index, group):
                 if parameter.requires_grad:
                     handles.add(parameter.register_post_accumulate_grad_hook(self._hook(group, name)))
         return handles  # type: ignore[return-value]
@@ -314,19 +285,31 @@ class ProjectedOptimizer(Optimizer):
         @torch.no_grad()
         def stepped(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            work = _Work(group, name, parameter, parameter.grad)
-            _check_gradients([work])
-            self._move(work, *self._prepared(work), None)
+            self._step([Work(group, name, parameter, parameter.grad, self.seed)])
             parameter.grad = None
 
         return stepped
+
+    def _parts(self) -> str:
+        """Return what the state is only right with, as text."""
+        names = ("projector", "inner", "residual", "staggered", "clip", "seed")
+        return ", ".join(f"{name}={spelled(getattr(self, name))}" for name in names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: tensors, and numbers and text in the groups."""
+        for group in self.param_groups:
+            group["parts"] = self._parts()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; moments keep their own precision, whatever that of the weights.
 
         Raises:
+            InvalidOption: it was saved with other parts, ranks or fixed options.
             ValueError: the groups differ.
         """
+        own = [{**group, "parts": self._parts()} for group in self.param_groups]
+        require_same(state_dict["param_groups"], own)
         super().load_state_dict(state_dict)
         order = [p for group in self.param_groups for p in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -337,10 +320,6 @@ class ProjectedOptimizer(Optimizer):
                     key: value.detach().clone().to(_place(key, value, parameter))
                     for key, value in stored.items()
                 }
-
-
-_HALF = (torch.bfloat16, torch.float16)
-_MOST = 16  # times the interval may grow
 
 
 class _Handles:
@@ -357,98 +336,7 @@ class _Handles:
             handle.remove()
 
 
-def _chosen(what: str, known: dict[str, Any], wanted: Any) -> Any:
-    if not isinstance(wanted, str):
-        return wanted
-    if wanted not in known:
-        listed = near_names(wanted, known) or f"; known: {', '.join(known)}"
-        raise InvalidOption(f"there is no {what} {wanted!r}{listed}")
-    return known[wanted]
-
-
-def _check(group: dict[str, Any]) -> None:
-    for key, choices in (("side", SIDES), ("transport", TRANSPORTS), ("rounding", ROUNDINGS)):
-        if group[key] not in choices:
-            raise InvalidOption(f"{key} must be one of {', '.join(choices)}, not {group[key]!r}")
-    for key, least in (("lr", 0.0), ("weight_decay", 0.0), ("refresh", 1), ("rank", 1), ("overlap", 0.0)):
-        value = group[key]
-        if value is not None and not least <= value < math.inf:
-            raise InvalidOption(f"{key} must be a finite number of at least {least:g}, not {value!r}")
-
-
-def _named(index: int, group: dict[str, Any]) -> Iterator[tuple[str, nn.Parameter]]:
-    names = group.get("param_names", [f"{index}.{i}" for i in range(len(group["params"]))])
-    yield from zip(names, group["params"], strict=True)
-
-
-def _is_projected(group: dict[str, Any], parameter: Tensor) -> bool:
-    return group["rank"] is not None and parameter.dim() > 1
-
-
-def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
-    return parameter.shape[0], parameter.numel() // max(1, parameter.shape[0])
-
-
-def _is_left(group: dict[str, Any], shape: tuple[int, int]) -> bool:
-    rows, columns = shape
-    if group["side"] in ("left", "right"):
-        return bool(group["side"] == "left")
-    return bool((rows < columns) == (group["side"] == "auto"))
-
-
-def _basis(state: dict[str, Any]) -> Kept:
-    return {key.removeprefix(_BASIS): value for key, value in state.items() if key.startswith(_BASIS)}
-
-
-def _keep(state: dict[str, Any], basis: Kept) -> None:
-    state.update({f"{_BASIS}{key}": value for key, value in basis.items()})
-
-
-def _hashed(*parts: object) -> int:
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _check_gradients(work: list[_Work]) -> None:
-    for each in work:
-        if each.gradient.is_sparse:
-            raise InvalidOption(f"{each.name} has a sparse gradient, which cannot be projected")
-    if not work:
-        return
-    norms = torch._foreach_norm([each.gradient for each in work])
-    finite = torch.stack([norm.isfinite().to(norms[0].device) for norm in norms])
-    if not bool(finite.all()):
-        name = work[int((~finite).nonzero()[0])].name
-        raise InvalidOption(
-            f"the gradient of {name} is not finite; no step was taken and nothing has changed"
-        )
-
-
 def _place(key: str, value: Tensor, parameter: Tensor) -> torch.device:
-    """Return where a tensor of the state lives: counters on the CPU, the rest beside the parameter."""
-    return value.device if value.dim() == 0 and not value.is_floating_point() else parameter.device
-
-
-def stochastically_rounded(value: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round float32 to bfloat16 up or down at random, so that the mean is the value.
-
-    Args:
-        value: float32.
-        dtype: bfloat16.
-        generator: on the CPU.
-
-    Raises:
-        InvalidOption: the dtype is another.
-
-    Example:
-        >>> import torch
-        >>> value = torch.full((4000,), 1 + 2**-9)
-        >>> rounded = stochastically_rounded(value, torch.bfloat16, torch.Generator().manual_seed(0))
-        >>> sorted(rounded.unique().tolist()), bool((rounded.float().mean() - value[0]).abs() < 1e-3)
-        ([1.0, 1.0078125], True)
-    """
-    if dtype != torch.bfloat16:
-        raise InvalidOption(f"stochastic rounding is for bfloat16, not {dtype}; use rounding='master'")
-    noise = torch.randint(1 << 16, value.shape, generator=generator, dtype=torch.int32).to(value.device)
-    bits = (value.view(torch.int32) + noise) & -(1 << 16)
-    return bits.view(torch.float32).to(dtype)
+    """Return where a tensor of the state lives: counters and shapes on the CPU, the rest by the weight."""
+    is_read = key == "shape" or (value.dim() == 0 and not value.is_floating_point())
+    return value.device if is_read else parameter.device

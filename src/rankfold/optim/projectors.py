@@ -7,15 +7,14 @@ state.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..linalg import truncated_svd
+from .frequencies import cosine_scores, cosines
 
 Kept = dict[str, Tensor]
 
@@ -25,9 +24,11 @@ class Projector:
 
     Attributes:
         orthonormal: its columns always are.
+        columnwise: nothing but the choice of a basis looks across columns of G.
     """
 
     orthonormal: ClassVar[bool] = True
+    columnwise: ClassVar[bool] = True
 
     def fit(self, gradient: Tensor, rank: int, kept: Kept, generator: torch.Generator) -> Kept:
         """Return what a new basis is made of.
@@ -52,42 +53,60 @@ class Projector:
         """Return P N, (d, n)."""
         return self.matrix(kept, like) @ inner
 
-    def add_up(
-        self, weight: Tensor, inner: Tensor, kept: Kept, like: Tensor, factor: float, left: bool
-    ) -> None:
-        """Add `factor * up(inner)` to a weight in place: (d, n) where left, else its transpose (n, d)."""
-        basis = self.matrix(kept, like)
-        weight.addmm_(*((basis, inner) if left else (inner.T, basis.T)), alpha=factor)
+    def add_up(self, target: Tensor, inner: Tensor, kept: Kept, factor: float = 1.0) -> None:
+        """Add `factor * up(inner)` to a matrix (d, n) in place."""
+        target.addmm_(self.matrix(kept, target), inner, alpha=factor)
 
-    def stepped(self, gradient: Tensor, kept: Kept, share: float) -> None:
-        """Act after `up`; share is the learning rate over the one at the beginning."""
+    def rest(self, gradient: Tensor, low: Tensor, kept: Kept) -> Tensor:
+        """Return E = G - up(R), laid out in memory as G is."""
+        rest = gradient.clone()
+        self.add_up(rest, low, kept, -1.0)
+        return rest
+
+    def shared(self, new: Kept, old: Kept, like: Tensor) -> Tensor:
+        """Return P_new^T P_old, (r, r)."""
+        return self.matrix(new, like).T @ self.matrix(old, like)
+
+    def stepped(self, gradient: Tensor, low: Tensor, kept: Kept, share: float) -> None:
+        """Act after a step; share is the learning rate over the one at the beginning."""
 
 
 @dataclass(frozen=True)
 class Randomized(Projector):
     """The leading singular vectors within a range that is found from the last basis and some random columns.
 
+        Z = qr(G^T [P_old, Omega]),   P = the leading left singular vectors of G Z
+
     Args:
         oversampling: random columns beside the last basis, or beside as many random ones at first.
-        iterations: further power iterations.
+        iterations: power iterations before, when there is no basis yet to start from.
     """
 
     oversampling: int = 8
     iterations: int = 1
 
     def fit(self, gradient: Tensor, rank: int, kept: Kept, generator: torch.Generator) -> Kept:
-        """Return the basis (d, r)."""
-        old = kept.get("basis")
-        fresh = self.oversampling + (0 if old is not None else rank)
-        test = torch.randn(len(gradient), fresh, generator=generator).to(gradient)
-        start = test if old is None else torch.cat([old.to(gradient.dtype), test], 1)
-        found = start[:, : min(gradient.shape)]
-        for _ in range(1 + self.iterations):
-            found = torch.linalg.qr(gradient @ torch.linalg.qr(gradient.T @ found).Q).Q
-        # The Gram matrix of the small side is enough to turn the range; its small end is not used.
-        small = found.T @ gradient
-        turn = torch.linalg.eigh(small @ small.T).eigenvectors.flip(1)
-        return {"basis": found @ turn[:, :rank]}
+        """Return the basis (d, r); with the last one to start from, signs are those that it has."""
+        old, most = kept.get("basis"), min(gradient.shape)
+        fresh = torch.randn(len(gradient), self.oversampling + rank * (old is None), generator=generator)
+        start = fresh.to(gradient)
+        if old is not None:
+            old = old.to(gradient.dtype)
+            start = torch.cat([old, start - old @ (old.T @ start)], 1)
+        start = start[:, :most]
+        for _ in range(self.iterations if old is None else 0):
+            start = _span(gradient @ _span(gradient.T @ start))
+        found = gradient @ _span(gradient.T @ start)
+        turn = torch.linalg.eigh(found.T @ found).eigenvectors.flip(1)  # its small end is not used
+        basis = _span(found @ turn[:, :rank])
+        if old is not None:
+            basis = basis * torch.where((basis * old).sum(0) < 0, -1, 1)
+        return {"basis": basis}
+
+
+def _span(columns: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.qr(columns).Q
+    return found
 
 
 @dataclass(frozen=True)
@@ -150,33 +169,43 @@ class Coordinates(Projector):
 
     def down(self, gradient: Tensor, kept: Kept) -> Tensor:
         """Return the rows, (r, n)."""
-        return gradient[kept["indices"].long()]
+        return _rows(gradient, kept["indices"])
 
     def up(self, inner: Tensor, kept: Kept, like: Tensor) -> Tensor:
         """Put the rows back, (d, n)."""
         return torch.zeros_like(like).index_copy_(0, kept["indices"].long(), inner)
 
-    def add_up(
-        self, weight: Tensor, inner: Tensor, kept: Kept, like: Tensor, factor: float, left: bool
-    ) -> None:
-        """Add to the chosen rows or columns alone."""
-        added = inner if left else inner.T
-        weight.index_add_(0 if left else 1, kept["indices"].long(), added, alpha=factor)
+    def add_up(self, target: Tensor, inner: Tensor, kept: Kept, factor: float = 1.0) -> None:
+        """Add to the chosen rows alone."""
+        stored, axis = as_stored(target)
+        stored.index_add_(axis, kept["indices"], inner.T if axis else inner, alpha=factor)
+
+    def rest(self, gradient: Tensor, low: Tensor, kept: Kept) -> Tensor:
+        """Return G without the chosen rows."""
+        rest = gradient.clone()
+        stored, axis = as_stored(rest)
+        stored.index_fill_(axis, kept["indices"].long(), 0)
+        return rest
+
+    def shared(self, new: Kept, old: Kept, like: Tensor) -> Tensor:
+        """Return which rows are the same, (r, r)."""
+        return _same(new, old, like)
 
 
-@lru_cache(maxsize=32)
-def cosines(size: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
-    """Return the orthonormal DCT-II matrix C (d, d): row k is a cosine of frequency k; one for all who ask.
+def as_stored(matrix: Tensor) -> tuple[Tensor, int]:
+    """Return a matrix as its rows lie in memory, and the axis that its rows are there."""
+    turned = matrix.stride(0) == 1 and matrix.stride(1) != 1
+    return (matrix.T, 1) if turned else (matrix, 0)
 
-    Example:
-        >>> matrix = cosines(5)
-        >>> bool(torch.allclose(matrix @ matrix.T, torch.eye(5, dtype=torch.float64)))
-        True
-    """
-    place = torch.arange(size, dtype=torch.float64)
-    matrix: Tensor = torch.cos(torch.pi / size * place[:, None] * (place + 0.5)) * math.sqrt(2 / size)
-    matrix[0] *= 0.5**0.5
-    return matrix.to(device, dtype)
+
+def _rows(matrix: Tensor, indices: Tensor) -> Tensor:
+    stored, axis = as_stored(matrix)
+    found = stored.index_select(axis, indices)
+    return found.T.contiguous() if axis else found
+
+
+def _same(new: Kept, old: Kept, like: Tensor) -> Tensor:
+    return (new["indices"][:, None] == old["indices"]).to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -191,18 +220,17 @@ class Cosines(Projector):
 
     def fit(self, gradient: Tensor, rank: int, kept: Kept, generator: torch.Generator) -> Kept:
         """Return the frequencies (r,), increasing."""
-        turned = self._all(gradient) @ gradient
-        scores = turned.square().sum(1) if self.norm == "l2" else turned.abs().sum(1)
+        scores = cosine_scores(gradient, self.norm)
         return {"indices": scores.topk(rank).indices.sort().values.to(torch.int32)}
 
     def matrix(self, kept: Kept, like: Tensor) -> Tensor:
         """Return the chosen cosines, (d, r)."""
-        chosen: Tensor = self._all(like)[kept["indices"].long()]
-        return chosen.T
+        all_of_them: Tensor = cosines(len(like), like.dtype, like.device)
+        return all_of_them.index_select(0, kept["indices"]).T
 
-    def _all(self, like: Tensor) -> Tensor:
-        matrix: Tensor = cosines(len(like), like.dtype, like.device)
-        return matrix
+    def shared(self, new: Kept, old: Kept, like: Tensor) -> Tensor:
+        """Return which frequencies are the same, (r, r)."""
+        return _same(new, old, like)
 
 
 @dataclass(frozen=True)
@@ -217,14 +245,15 @@ class OnlinePCA(Projector):
     rate: float = 0.1
     every: int = 0
     orthonormal = False
+    columnwise = False
 
-    def stepped(self, gradient: Tensor, kept: Kept, share: float) -> None:
-        """Move the basis."""
+    def stepped(self, gradient: Tensor, low: Tensor, kept: Kept, share: float) -> None:
+        """Move the basis, by R = P^T G, which saves one of the two products of G G^T P."""
         size = gradient.norm()
         if not float(size):
             return
-        unit, basis = gradient / size, kept["basis"].to(gradient.dtype)
-        turned = unit @ (unit.T @ basis)
+        basis = kept["basis"].to(gradient.dtype)
+        turned = gradient @ low.T / size.square()
         slope = 2 * (basis @ (basis.T @ turned) + turned @ (basis.T @ basis)) - 4 * turned
         basis = basis - self.rate * share * slope
         count = kept.setdefault("moves", torch.zeros((), dtype=torch.int64)).add_(1)
@@ -242,15 +271,16 @@ class CrossHead(Projector):
 
     Args:
         heads: how many.
+        finder: how the basis of one head is found.
     """
 
     heads: int = 1
+    finder: Projector = Randomized(iterations=2)
 
     def fit(self, gradient: Tensor, rank: int, kept: Kept, generator: torch.Generator) -> Kept:
         """Return the basis (d, r) of a head drawn at random."""
         head = int(torch.randint(self.heads, (), generator=generator))
-        part = gradient.chunk(self.heads, 1)[head]
-        return {"basis": truncated_svd(part, rank, iterations=2, generator=generator)[0]}
+        return self.finder.fit(gradient.chunk(self.heads, 1)[head], rank, kept, generator)
 
 
 PROJECTORS: dict[str, Projector] = {

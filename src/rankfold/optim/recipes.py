@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ..catalogue import StepZero, register
 from ..errors import InvalidOption
+from .widths import tables
 
 _STEP = StepZero("exact")
+_PLAIN = ("embed", "lm_head")
 
 
 def optimizer(name: str, **about: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -23,13 +25,13 @@ def optimizer(name: str, **about: Any) -> Callable[[Callable[..., Any]], Callabl
     return register("optim", name, start=_STEP, **about)
 
 
-def groups(params: Any, rank: int | None, plain: Iterable[str] = ()) -> list[dict[str, Any]]:
+def groups(params: Any, rank: int | None, plain: Iterable[str] | None = None) -> list[dict[str, Any]]:
     """Return two groups, the projected weights and the others.
 
     Args:
         params: a model, (name, parameter) pairs, parameters, or groups (which are returned as they are).
         rank: of the projection; weights that are too small for it are not projected.
-        plain: words in the names of weights that are not projected either, such as embeddings and the head.
+        plain: words in the names of weights that are not projected either, see `is_plain`.
 
     Raises:
         InvalidOption: there is no parameter that is trained.
@@ -47,13 +49,35 @@ def groups(params: Any, rank: int | None, plain: Iterable[str] = ()) -> list[dic
         return listed
     pairs = [p if isinstance(p, tuple) else (str(i), p) for i, p in enumerate(listed)]
     pairs = [(name, p) for name, p in pairs if p.requires_grad]
-    low = [(name, p) for name, p in pairs if _fits(p, rank) and not any(word in name for word in plain)]
+    stays = is_plain(params, plain)
+    low = [(name, p) for name, p in pairs if _fits(p, rank) and not stays(name)]
     chosen = {name for name, _ in low}
     rest = [(name, p) for name, p in pairs if name not in chosen]
     found: list[dict[str, Any]] = [{"params": low, "rank": rank}, {"params": rest, "rank": None}]
     if not pairs:
         raise InvalidOption("there is nothing to optimize: no parameter is trained")
     return [group for group in found if group["params"]]
+
+
+def is_plain(params: Any, words: Iterable[str] | None) -> Callable[[str], bool]:
+    """Return what tells by a name whether a weight is moved by Adam alone.
+
+    Args:
+        params: a model, or anything else.
+        words: that are in such names; None means the tables of a model's embeddings and heads, and names with
+            "embed" or "lm_head" where no model is given.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.ModuleDict({"wte": nn.Embedding(9, 8), "mid": nn.Linear(8, 8)})
+        >>> stays = is_plain(model, None)
+        >>> stays("wte.weight"), stays("mid.weight")
+        (True, False)
+    """
+    if words is None and isinstance(params, nn.Module):
+        return tables(params).__contains__
+    known = _PLAIN if words is None else tuple(words)
+    return lambda name: any(word in name for word in known)
 
 
 def _fits(parameter: Tensor, rank: int | None) -> bool:

@@ -34,7 +34,8 @@ def moments(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """Return what the optimizer keeps in the shape of a parameter, by name; empty before its first step."""
     state = optimizer.state.get(parameter, {})
     shape = parameter.shape
-    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim() and v.shape == shape}
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return {k: v for k, v in tensors.items() if v.dim() and v.shape == shape}
 
 
 def first_moments(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -51,7 +52,7 @@ def second_moments(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]
 def reset(
     optimizer: Optimizer, parameter: Tensor, index: Tensor | None = None, axis: int = 0, *, steps: bool = True
 ) -> None:
-    """Set a parameter's moments to zero.
+    """Set a parameter's moments to zero; quantised ones, whose codes are not zero there, are begun anew.
 
     Args:
         optimizer: holds the parameter.
@@ -61,12 +62,15 @@ def reset(
         steps: also start the step count again where all moments are reset; optimizers count the steps of a
             whole parameter, so the bias correction of a part goes on.
     """
+    state = optimizer.state.get(parameter, {})
+    if any(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in state.values()):
+        state.clear()
+        return
     for value in moments(optimizer, parameter).values():
         if index is None:
             value.zero_()
         else:
             value.index_fill_(axis, index.to(value.device), 0)
-    state = optimizer.state.get(parameter, {})
     if steps and index is None and "step" in state:
         state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
 

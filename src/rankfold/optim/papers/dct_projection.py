@@ -7,8 +7,8 @@ of a cosine that stays are kept, those of a new one start at zero (`transport="r
 the choice is the best of all r of them, and what is lost is at most 1 - r / d of the squared norm. Start:
 the weights as they are; nothing is added to the model.
 
-Deviations: ranked by the l2 norm, the official code by l1 (`norm`); without error feedback, and S by a
-product with C, not by a fast transform.
+Deviations: ranked by the l2 norm, the official code by l1 (`norm`); without error feedback. S is formed
+by a fast transform from 256 rows on, by a product with C below.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def dct_projection(
     rank: int = 128,
     refresh: int = 1,
     norm: str = "l2",
-    plain: tuple[str, ...] = ("embed", "lm_head"),
+    plain: tuple[str, ...] | None = None,
     **options: Any,
 ) -> ProjectedOptimizer:
     """Return the optimizer.
@@ -44,7 +44,8 @@ def dct_projection(
         rank: r, of the projected gradients, which moments are kept for.
         refresh: steps between two choices.
         norm: "l2" or "l1".
-        plain: words in the names of weights that are not projected.
+        plain: words in the names of weights that are not projected; None means the tables of a
+            model's embeddings and heads, and names with "embed" or "lm_head" where no model is given.
         options: further ones of `ProjectedOptimizer`.
 
     Example:

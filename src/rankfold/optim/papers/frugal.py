@@ -4,11 +4,10 @@
 
 Zmushko et al. 2024. A share `density` of the rows or columns of the shorter side has moments; they are
 reset with their step count at every refresh. The basis is random coordinates, so that the two parts have no
-entry in common, or "svd" or "orthonormal". density = 0.25, refresh = 200, lambda = 1 for pretraining (0.1
-for fine-tuning) and lr = 1e-3 are the paper's. Start: the weights as they are; nothing is added to the
+entry in common, or "svd" or "orthonormal"; with "blocks" whole weights take turns, in a random order, a
+share `density` of them having moments at a time. density = 0.25, refresh = 200, lambda = 1 for pretraining
+(0.1 for fine-tuning) and lr = 1e-3 are the paper's. Start: the weights as they are; nothing is added to the
 model.
-
-Deviations: the paper's blocks, where whole tensors take turns, are left out.
 """
 
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import InvalidOption
+from ..blocks import BlockOptimizer
 from ..projected import ProjectedOptimizer
 from ..recipes import groups, optimizer
 from ..residuals import Sign
@@ -36,7 +36,7 @@ def frugal(
     refresh: int = 200,
     projector: str = "coordinates",
     sign: float = 1.0,
-    plain: tuple[str, ...] = ("embed", "lm_head"),
+    plain: tuple[str, ...] | None = None,
     **options: Any,
 ) -> ProjectedOptimizer:
     """Return the optimizer.
@@ -44,11 +44,12 @@ def frugal(
     Args:
         params: a model, (name, parameter) pairs or parameters.
         lr: learning rate.
-        density: share of the shorter side that has moments, in (0, 1].
+        density: share of the shorter side, or of the weights, that has moments, in (0, 1].
         refresh: steps between two choices of them.
-        projector: how they are chosen.
+        projector: how they are chosen, or "blocks", where whole weights are.
         sign: lambda, what the sign of the rest is multiplied by.
-        plain: words in the names of weights that are moved by Adam alone.
+        plain: words in the names of weights that are moved by Adam alone; None means the tables of a
+            model's embeddings and heads, and names with "embed" or "lm_head" where no model is given.
         options: further ones of `ProjectedOptimizer`.
 
     Example:
@@ -66,6 +67,11 @@ def frugal(
         raise InvalidOption(
             "frugal makes groups of its own, by density: pass a model or parameters, not groups"
         )
+    if projector == "blocks":
+        blocks = [
+            {**group, "turns": True, "rank": None} if group["rank"] is not None else group for group in found
+        ]
+        return BlockOptimizer(blocks, lr, density=density, sign=sign, refresh=refresh, **options)
     for group in found:
         pairs = group["params"]
         low = [{"params": [pair], "rank": max(1, round(density * _short(pair[1])))} for pair in pairs]

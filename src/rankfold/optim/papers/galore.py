@@ -32,7 +32,7 @@ def galore(
     rank: int = 128,
     refresh: int = 200,
     scale: float = 0.25,
-    plain: tuple[str, ...] = ("embed", "lm_head"),
+    plain: tuple[str, ...] | None = None,
     **options: Any,
 ) -> ProjectedOptimizer:
     """Return the optimizer.
@@ -43,7 +43,8 @@ def galore(
         rank: r, of the projected gradients, which moments are kept for.
         refresh: T, steps between two bases.
         scale: of what comes back from the low rank.
-        plain: words in the names of weights that are not projected.
+        plain: words in the names of weights that are not projected; None means the tables of a
+            model's embeddings and heads, and names with "embed" or "lm_head" where no model is given.
         options: further ones of `ProjectedOptimizer`.
 
     Example:

@@ -3,8 +3,8 @@
     Y = (G G^T)^q G Omega,   Z = qr(Y),   P = Z U_small
 
 Su et al. 2025. One power iteration (q = 1) and eight columns more than the rank are usual, not confirmed
-for the paper; here the range starts from the last basis. T, scale and the rest are GaLore's. Start: the
-weights as they are; nothing is added to the model.
+for the paper; here the range starts from the last basis, and without further iterations once there is one.
+T, scale and the rest are GaLore's. Start: the weights as they are; nothing is added to the model.
 """
 
 from typing import Any
