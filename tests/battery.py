@@ -47,7 +47,7 @@ from rankfold.layers import Adaptation, StructuredLayer, StructuredTransposedLin
 from rankfold.methods.recipe import resolve
 from rankfold.methods.registry import EXACT as EXACT_START
 from rankfold.methods.registry import Method, StepZero, structure_named
-from rankfold.weights import Experts, Gated, Leaf, Normalized, Scaled, Sum, Weight
+from rankfold.weights import Experts, Gated, Leaf, Normalized, Scaled, Spectral, Sum, Weight
 from rankfold.weights.competing import Competing
 
 EVERY_KIND = (
@@ -337,6 +337,8 @@ def through_matrix(model: nn.Module, x: Tensor) -> Tensor:
     """Return the output of the original layer with `dense()` in the place of its weight."""
     layer = structured(model)
     matrix = expression_of(model).dense()
+    if layer.is_released and layer.looked_up:
+        return F.embedding(x, matrix, layer.padding_idx)
     if layer.is_released:
         return layer.op.apply(x, matrix, layer._parameters["bias"])
     if isinstance(layer, StructuredTransposedLinear):
@@ -546,8 +548,8 @@ def has_true_gradients(point: Point, host: Host) -> None:
     """Gradients are those of finite differences."""
     model, x = disturbed(adapted_layer(point, host)), host.input()
     for module in model.modules():
-        if isinstance(module, Normalized | Competing):
-            module.detach = False  # a norm that autograd takes for a constant has another gradient by design
+        if isinstance(module, Normalized | Competing | Spectral):
+            module.detach = False  # what autograd takes for a constant has another gradient by design
     tensors = [*trainable(model).values(), *([x] if x.requires_grad else [])]
 
     def output(*_: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -72,7 +73,7 @@ class Maker:
         """Return a leaf from any source."""
         make = self.one_of(
             self.dense, self.dense, self.pooled, self.gathered, self.seeded, self.mixed, self.masked,
-            self.joined, self.drawn,
+            self.joined, self.drawn, self.projected,
         )  # fmt: skip
         return make(*shape)  # type: ignore[operator,no-any-return]
 
@@ -108,6 +109,12 @@ class Maker:
         offset = self.values(*shape) if self.integer(0, 1) else None
         return w.RandomMixture(self.dense(3), self.name(), shape, self.integer(0, 99), offset)
 
+    def projected(self, *shape: int) -> Leaf:
+        """Return a piece of a projection of a pool, which may be trained."""
+        size, pool = math.prod(shape), Held(self.values(3)).requires_grad_(bool(self.integer(0, 1)))
+        projection = w.Projection(w.Fixed(self.values(size + 2, 3), "P"), [2, size])
+        return w.Projected(pool, "value", self.name(), shape, projection, 1)
+
     def masked(self, *shape: int) -> Leaf:
         """Return a leaf of which about half of the entries count."""
         mask = torch.rand(shape, generator=self.generator) < 0.6
@@ -132,6 +139,10 @@ class Maker:
             self.tucker,
             self.train,
             self.bases,
+            self.channels,
+            self.spectral,
+            self.monarch,
+            self.hashed,
             lambda s: w.Repeated(self.leaf(s[0], self.integer(1, s[1])), s[1]),
             lambda s: w.Gram(self.leaf(max(s), self.integer(1, 3)), s),
             lambda s: w.Select(self.indices(s[1], s[0]), s[1]),
@@ -152,6 +163,21 @@ class Maker:
         """Return diagonal blocks, cropped where they do not divide the shape."""
         count = self.integer(1, min(3, *shape))
         return w.BlockDiagonal(self.leaf(count, -(-shape[0] // count), -(-shape[1] // count)), shape)
+
+    def monarch(self, shape: Shape) -> Weight:
+        """Return two block-diagonal factors around a permutation, cropped where they do not divide."""
+        count = self.integer(1, min(3, *shape))
+        rows, columns = (-(-side // count) for side in shape)
+        inner = self.integer(1, 4)
+        return w.Monarch(self.leaf(count, rows, inner), self.leaf(count, inner, columns), shape)
+
+    def hashed(self, shape: Shape) -> Weight:
+        """Return numbers read from an array through a hash."""
+        size = self.integer(1, 40)
+        pool = Held(self.values(size)).requires_grad_(bool(self.integer(0, 1)))
+        chunks = w.CyclicChunks(size, (12345, 678901, 2345), 31415)
+        scale = w.Dense(self.values().abs() + 0.1, self.name(), trainable=False)
+        return w.Hashed(pool, "value", self.name(), shape, chunks, self.integer(0, 99), scale)
 
     def sparse(self, shape: Shape) -> Weight:
         """Return a map with a thin or a thick support."""
@@ -196,6 +222,20 @@ class Maker:
             up, down, self.dense(count, rank), self.dense(count, small), wide=shape[1] > shape[0]
         )
 
+    def channels(self, shape: Shape) -> Weight:
+        """Return a few whole columns."""
+        place = torch.randperm(shape[1], generator=self.generator)[: self.integer(1, shape[1])]
+        index = w.Dense(place, self.name(), trainable=False)
+        return w.Channels(self.leaf(shape[0], len(place)), index, shape[1], self.integer(1, 2) / 2)
+
+    def spectral(self, shape: Shape) -> Weight:
+        """Return outer factors around a core or a diagonal, or a product whose terms are ordered."""
+        rank, kind = self.integer(1, 4), self.integer(0, 2)
+        left, right = self.leaf(shape[0], rank), self.leaf(rank, shape[1])
+        if kind == 0:
+            return w.Ordered(left, right)
+        return w.Spectral(left, self.leaf(*(rank,) * kind), right)
+
     def train(self, shape: Shape) -> Weight:
         """Return a tensor train."""
         outputs, inputs = _split(shape[0], self.integer(1, 2)), _split(shape[1], self.integer(1, 3))
@@ -213,6 +253,7 @@ class Maker:
         makers = (
             self.structured, self.sum, self.product, self.product, self.scaled, self.hadamard, self.modulated,
             self.normalized, self.kronecker, self.transposed, self.dropped, self.standing,
+            self.guided,
         )  # fmt: skip
         make = self.one_of(*makers)
         return make(shape) if make == self.structured else make(shape, depth - 1)  # type: ignore[operator,no-any-return]
@@ -258,6 +299,11 @@ class Maker:
     def dropped(self, shape: Shape, depth: int) -> Weight:
         """Return an expression with dropout, which does nothing in evaluation."""
         return w.Dropped(self.expression(shape, depth), 0.5)
+
+    def guided(self, shape: Shape, depth: int) -> Weight:
+        """Return an expression beside a dense guide."""
+        share = w.Dense(self.values(2).abs(), self.name(), trainable=False)
+        return w.Guided(self.expression(shape, depth), self.dense(*shape), share)  # type: ignore[arg-type]
 
     def standing(self, shape: Shape, depth: int) -> Weight:
         """Return a change around a stored weight in whose place another expression stands."""

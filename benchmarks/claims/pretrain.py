@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import rankfold as rf
 from rankfold.pretrain.ladder import LADDER
 from rankfold.pretrain.memory import gradient_bytes, state_bytes, weight_bytes
-from rankfold.pretrain.optimizers import build_optimizer
+from rankfold.pretrain.optimizers import adamw, named_optimizer
 from rankfold.pretrain.text import read_corpus
 from rankfold.pretrain.tokens import Packed, pack, train_tokenizer
 
@@ -46,6 +46,7 @@ class Arm:
         structure: a point, or "" for the weights as they are.
         settings: of the structure.
         rate: middle of the grid of learning rates.
+        body: learning rate of the weights inside the blocks over that of the rest.
         full_start: share of the steps that train the weights as they are, before the structure comes.
     """
 
@@ -54,6 +55,7 @@ class Arm:
     structure: str | rf.Recipe = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     rate: float = 3e-3
+    body: float = 1.0
     full_start: float = 0.0
 
 
@@ -61,9 +63,12 @@ PROJECTED = {"rank": RANK, "refresh": 50}
 RELORA = rf.Recipe("lora", dynamics=(("relora", {"interval": 60, "warmup": 10}),))
 ARMS = {
     "full": Arm(),
+    # As in GaLore and its kin, whose scale of 0.25 leaves embeddings and head a rate four times as high.
+    "full-4x": Arm(rate=1e-2, body=0.25),
     "galore": Arm("galore", PROJECTED, rate=1e-2),
     "fira": Arm("fira", PROJECTED, rate=1e-2),
-    "flora": Arm("flora", {"rank": RANK, "refresh": 100}, rate=1e-2),
+    # Its rates are shares of the size of a weight, as those of Adafactor.
+    "flora": Arm("flora", {"rank": RANK, "kappa": 100}, rate=1e-1),
     "dct": Arm("dct-projection", {"rank": RANK}),
     "sltrain": Arm(structure="sltrain", settings={"alpha": RANK / 4}),
     "lost": Arm(structure="lost", settings={"density": 0.05}),
@@ -119,6 +124,19 @@ def rate_at(step: int, steps: int) -> float:
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+def optimizer_of(model: nn.Module, arm: Arm, rate: float) -> torch.optim.Optimizer:
+    """Return the optimizer of an arm."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if arm.optimizer != "adamw":
+        return named_optimizer(named, arm.optimizer, rate, arm.options)
+    if arm.body == 1:
+        return adamw(model, rate, {})
+    inside = [p for name, p in named if ".layers." in name and p.dim() > 1]
+    rest = [p for name, p in named if not (".layers." in name and p.dim() > 1)]
+    groups = [{"params": inside, "lr": rate * arm.body}, {"params": rest, "lr": rate}]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
 def train(task: Task, arm: Arm, seed: int, rate: float, steps: int) -> dict[str, Any]:
     """Return the held-out loss, the losses of every step, bytes and seconds of a step."""
     model, losses, seconds = task.model(seed), [], []
@@ -140,10 +158,10 @@ def train(task: Task, arm: Arm, seed: int, rate: float, steps: int) -> dict[str,
             seconds.append(time.perf_counter() - begin)
 
     if early:
-        run(build_optimizer(model, "adamw", rate, {}), 0, early)
+        run(adamw(model, rate, {}), 0, early)
     if arm.structure:
         rf.adapt(model, arm.structure, rank=RANK, train="all", seed=seed, **arm.settings)
-    optimizer = build_optimizer(model, arm.optimizer, rate, dict(arm.options))
+    optimizer = optimizer_of(model, arm, rate)
     if arm.structure:
         with rf.attach(model, optimizer, total_steps=steps - early):
             run(optimizer, early, steps)

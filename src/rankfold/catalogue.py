@@ -94,6 +94,7 @@ class Method:
         build: the function.
         options: its keyword-only parameters and their defaults.
         traits: what else the axis needs to know.
+        aliases: other names that find it.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Method:
     build: Callable[..., Any] = field(repr=False)
     options: Mapping[str, Any]
     traits: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    aliases: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as plain data."""
@@ -198,6 +200,7 @@ def register(
     status: str = "tested",
     start: StepZero = EXACT,
     traits: Mapping[str, Any] | None = None,
+    aliases: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that enters a function in the catalogue.
 
@@ -212,7 +215,9 @@ def register(
         if axis not in AXES or (known is not None and known.build.__module__ != build.__module__):
             raise ValueError(f"cannot register {axis} {name!r}: the axis is unknown or the name is taken")
         about = (title, year, arxiv, code, formula, status, start)
-        _METHODS[axis, name] = Method(name, axis, *about, build, _options(build), traits or {})
+        _METHODS[axis, name] = Method(
+            name, axis, *about, build, _options(build), traits or {}, tuple(aliases)
+        )
         return build
 
     return enter
@@ -259,6 +264,7 @@ def get(axis: str, name: str) -> Method:
         UnknownMethod: there is none; the sentence lists near names.
     """
     load_all()
+    name = _own_name(axis, name)
     if (axis, name) not in _METHODS:
         known = [n for a, n in _METHODS if a == axis]
         elsewhere = [a for a, n in _METHODS if n == name]
@@ -282,7 +288,9 @@ def find_method(query: str) -> Method:
     load_all()
     axis, _, name = query.rpartition("=")
     found = [
-        m for m in methods() if (query and query == m.arxiv) or (m.name == name and axis in ("", m.axis))
+        m
+        for m in methods()
+        if (query and query == m.arxiv) or (name in (m.name, *m.aliases) and axis in ("", m.axis))
     ]
     if not found:
         raise UnknownMethod(f"no method is called {query!r}{near_names(query, {m.name for m in methods()})}")
@@ -298,4 +306,10 @@ def find_method(query: str) -> Method:
 def axes_of(name: str) -> list[str]:
     """Return the axes on which a name is registered."""
     load_all()
-    return [axis for axis, known in _METHODS if known == name]
+    return [axis for (axis, known), method in _METHODS.items() if name in (known, *method.aliases)]
+
+
+def _own_name(axis: str, name: str) -> str:
+    """Return the name under which a method is registered, given that or an alias."""
+    found = (m.name for (a, _), m in _METHODS.items() if a == axis and name in m.aliases)
+    return name if (axis, name) in _METHODS else next(found, name)

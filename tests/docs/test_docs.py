@@ -64,7 +64,7 @@ def test_every_command_that_the_readme_names_exists():
 
 AXES = {
     "Structures": "structure", "Initialisers": "init", "Ranks": "ranks", "Dynamics": "dynamics",
-    "Optimizers": "optim",
+    "Optimizers": "optim", "From scratch": "pretrain",
 }  # fmt: skip
 
 

@@ -162,3 +162,22 @@ def test_the_adapter_folds_and_is_taken_away() -> None:
     training = Training(refactorisation())
     training.run(7)
     assert_ends(training)
+
+
+@pytest.mark.parametrize(
+    "point", ["lora/refactorize", "low-rank/refactorize", "sltrain/dynamics=refactorize"]
+)
+def test_it_is_found_by_its_other_name_and_recorded_by_its_own(point: str) -> None:
+    assert rf.find_method("refactorize") is rf.find_method("refactorisation")
+    model = rf.adapt(torch.nn.Sequential(torch.nn.Linear(12, 10)), point, rank=2)
+    with rf.attach(model, torch.optim.AdamW(rf.param_groups(model, lr=1e-2))) as handle:
+        assert list(handle.methods) == ["refactorisation"]
+
+
+def test_a_product_trained_from_scratch_is_balanced() -> None:
+    training = Training(refactorisation("low-rank", interval=3))
+    training.run(2)
+    unbalanced(training)
+    training.run(1)
+    up, down = training.pair.up.detach(), training.pair.down.detach()
+    torch.testing.assert_close(up.T @ up, down @ down.T)

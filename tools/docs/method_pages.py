@@ -259,7 +259,8 @@ def _of_dynamics(method: rf.Method) -> Iterator[str]:
 
 def _of_optim(method: rf.Method) -> Iterator[str]:
     yield "Adds nothing to the model: it moves the weights themselves, and there is no adapter to save."
-    yield f"Is called as `rf.optim.{method.build.__name__}(model, lr=...)`, in the place of any optimizer."
+    called = f"Is called as `rf.optim.{method.build.__name__}(model, lr=...)`, in the place of any optimizer."
+    yield str(method.traits.get("use", called))
 
 
 def _of_recipe(method: rf.Method) -> Iterator[str]:
@@ -344,6 +345,8 @@ def _type(parameter: inspect.Parameter) -> str:
 
 def cost(method: rf.Method, found: Mapping[str, Cost]) -> str:
     """Return what a method costs in layers of every kind."""
+    if "cost" in method.traits:
+        return str(method.traits["cost"])
     if method.axis == "optim":
         kept, adam = state_of(method), 2 * SIDE * SIDE
         return (
@@ -447,7 +450,7 @@ def citation(method: rf.Method) -> str:
         }
     if method.code:
         fields["note"] = f"Code: https://github.com/{method.code}"
-    key = re.sub(r"\W", "", method.name) + str(method.year)
+    key = re.sub(r"\W", "", method.name.replace("+", "plus")) + str(method.year)
     return "\n".join([f"@misc{{{key},", *(f"  {name} = {{{value}}}," for name, value in fields.items()), "}"])
 
 

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import rankfold as rf
+from rankfold import pretrain
 
 # By the room that a name lives in.
 ROOMS = {
@@ -34,16 +35,29 @@ A weight is an expression over structured maps, built with `+`, `@` and `*` from
 formula. Everything on this page lives in `rankfold.weights`; what every expression can be asked for is said
 of `Weight`.
 """
+PRETRAIN = """# Pretraining
+
+What `rankfold pretrain` is made of. Everything on this page lives in `rankfold.pretrain`;
+[the guide](../guide/pretrain.md) shows its use.
+"""
 
 
 def pages() -> dict[str, str]:
     """Return the pages by their path under docs/."""
-    return {"reference/index.md": _public(), "reference/weights.md": _weights()}
+    return {
+        "reference/index.md": _public(),
+        "reference/weights.md": _weights(),
+        "reference/pretrain.md": _pretrain(),
+    }
 
 
 def navigation() -> list[dict[str, str]]:
     """Return the pages as entries of the site's navigation."""
-    return [{"Functions and classes": "reference/index.md"}, {"Expressions": "reference/weights.md"}]
+    return [
+        {"Functions and classes": "reference/index.md"},
+        {"Expressions": "reference/weights.md"},
+        {"Pretraining": "reference/pretrain.md"},
+    ]
 
 
 def _public() -> str:
@@ -66,6 +80,11 @@ def _weights() -> str:
     words = [word for word in named if inspect.isclass(word) or inspect.isfunction(word)]
     words.sort(key=lambda word: (word is not rf.weights.Weight, _is_class(word)))
     return "\n".join([WEIGHTS, *(_entry(word, members=word is rf.weights.Weight) for word in words)])
+
+
+def _pretrain() -> str:
+    words = [getattr(pretrain, name) for name in pretrain.__all__]
+    return "\n".join([PRETRAIN, *map(_entry, sorted(words, key=_is_class))])
 
 
 def _is_class(value: object) -> bool:

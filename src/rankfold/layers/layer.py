@@ -211,7 +211,8 @@ class StructuredEmbedding(StructuredLayer):
         expression = self.expression
         if expression is None:
             return self.original.forward(ids)  # type: ignore[no-any-return]
-        rows = expression.rows(ids).to(self.stored().dtype)
+        like = self._buffers[_PLACE] if self.is_released else self.stored()
+        rows = expression.rows(ids).to(like.dtype)  # type: ignore[union-attr]
         if self.padding_idx is None or not torch.is_grad_enabled():
             return rows
         # As in the plain layer, the padding row is read but never trained.

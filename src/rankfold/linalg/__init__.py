@@ -4,6 +4,7 @@ from .budget import allocate
 from .factored import Squeezed, factored_svd, squeeze_factors
 from .lowrank import LowRank, tail_errors
 from .metrics import Diagonal, Gram, Metric, RootGram, psd_root
+from .monarch import MonarchFactors, monarch_dense, monarch_projection
 from .pivoted import Pivoted, pivoted_lu, pivoted_qr
 from .shares import proportional, top_counts
 from .skeleton import Skeleton, nystrom, skeleton
@@ -15,12 +16,15 @@ __all__ = [
     "Gram",
     "LowRank",
     "Metric",
+    "MonarchFactors",
     "Pivoted",
     "RootGram",
     "Skeleton",
     "Squeezed",
     "allocate",
     "factored_svd",
+    "monarch_dense",
+    "monarch_projection",
     "nystrom",
     "pivoted_lu",
     "pivoted_qr",

@@ -5,16 +5,24 @@ from .adapt import Plan, PlannedSite, adapt, plan
 from .attach import Attached, attach
 from .capacity import LeftOut, RankCapped
 from .groups import param_groups
+from .laziness import Laziness, laziness
+from .nested import matryoshka_loss, nested_loss
+from .ordered import keep_prefix, maestro_loss
 from .persist import load, save
 from .prepare import TieFollowed
 from .recipe import Recipe, parse_point
 from .registry import Method, find_method, methods
 from .routing import remix_loss
+from .scratch.low_rank_rnn import low_rank_recurrent_
+from .scratch.matryoshka import MatryoshkaHead
 from .squeeze import squeeze
+from .subspaces import intrinsic_dimension_of
 
 __all__ = [
     "Attached",
+    "Laziness",
     "LeftOut",
+    "MatryoshkaHead",
     "Method",
     "Plan",
     "PlannedSite",
@@ -25,8 +33,15 @@ __all__ = [
     "adapt",
     "attach",
     "find_method",
+    "intrinsic_dimension_of",
+    "keep_prefix",
+    "laziness",
     "load",
+    "low_rank_recurrent_",
+    "maestro_loss",
+    "matryoshka_loss",
     "methods",
+    "nested_loss",
     "param_groups",
     "parse_point",
     "plan",

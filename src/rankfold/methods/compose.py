@@ -127,10 +127,21 @@ def _of_dynamics(structure: Chosen, ranks: Chosen | None, each: Chosen) -> Itera
         yield f"{each.name} moves changes into stored weights, and {structure.name} changes activations"
     if each.trait("moves_base") and structure.trait("scratch"):
         yield f"{each.name} moves changes into stored weights, and {structure.name} takes the place of those"
+    if each.trait("wraps"):
+        yield from _of_wrapping(structure, each)
     changed = ranks is not None and (_on_pairs(ranks) or ranks.trait("entries")(ranks.options))
     if ranks is not None and changed and not each.trait("gates"):
         does = "puts a gate between them" if _gated(ranks) else "changes them too"
         yield f"{each.name} needs the factors alone, and {ranks.name} {does}"
+
+
+def _of_wrapping(structure: Chosen, each: Chosen) -> Iterator[str]:
+    if not structure.trait("scratch"):
+        yield f"{each.name} is for weights from scratch, and {structure.name} changes one that is there"
+    elif structure.trait("nonlinear"):
+        yield f"{each.name} needs the matrix of a weight, and {structure.name} has none"
+    elif structure.trait("training") is not None:
+        yield f"{structure.name} has a training of its own, beside which {each.name} has no meaning"
 
 
 def _between(dynamics: Sequence[Chosen]) -> Iterator[str]:
@@ -141,5 +152,11 @@ def _between(dynamics: Sequence[Chosen]) -> Iterator[str]:
     for first, second in itertools.combinations(dynamics, 2):
         if first.trait("owns_step") and second.trait("owns_step"):
             yield f"{first.name} and {second.name} both replace the optimizer's step"
+        for one, other in ((first, second), (second, first)):
+            if one.trait("wraps") and other.trait("pairs") == "terms":
+                yield (
+                    f"{other.name} acts on products that are terms of the weight, and beside the map that "
+                    f"{one.name} adds they are none"
+                )
         if second.name in first.trait("excludes") or first.name in second.trait("excludes"):
             yield f"{first.name} and {second.name} undo each other's effect"

@@ -23,6 +23,7 @@ from ..catalogue import (
     not_base,
     register,
 )
+from ..errors import Incompatible
 
 __all__ = [
     "AXES",
@@ -152,8 +153,13 @@ def structure_named(name: str) -> Method:
 
     Raises:
         UnknownMethod: there is none.
+        Incompatible: the name is that of a function, which is called and is no part of a point.
     """
-    return get("pretrain" if "pretrain" in axes_of(name) else "structure", name)
+    method = get("pretrain" if "pretrain" in axes_of(name) else "structure", name)
+    if "scratch" not in method.traits:
+        own = f"{method.build.__module__}.{method.build.__qualname__}"
+        raise Incompatible(f"{name} is no part of a point; call {own}")
+    return method
 
 
 def init(
@@ -243,6 +249,7 @@ def dynamics(
     excludes: Sequence[str] = (),
     init: tuple[str, Mapping[str, Any]] | None = None,
     function: str = "",
+    wraps: bool = False,
     example: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> Callable[..., Any]:
@@ -261,13 +268,15 @@ def dynamics(
         excludes: other dynamics that it cannot run beside.
         init: the start of its paper, for structures that are started as their own paper says.
         function: dotted name of the function that is called instead, for what is no part of a training.
+        wraps: it puts a weight that is trained from scratch into an expression of its own
+            (`Dynamics.wrapped`), where products of two factors are no terms of the weight.
         example: options without which it cannot be used, for tests and documentation.
         about: title, year, arxiv, code, formula, status, start: see `Method`.
     """
     traits = {
         "needs": tuple(needs), "pairs": pairs, "sides": sides, "moves_base": moves_base,
         "owns_step": owns_step, "gates": gates, "noise": noise, "excludes": tuple(excludes), "init": init,
-        "function": function, "example": dict(example or {}),
+        "function": function, "wraps": wraps, "example": dict(example or {}),
     }  # fmt: skip
     return register("dynamics", name, **about, traits=traits)
 

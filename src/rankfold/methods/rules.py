@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from .run import Run
-    from .site import Place
+    from .site import Place, Site
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Dynamics:
     def rate(self, side: str, leaf: Leaf, expression: Weight) -> float:
         """Return what the learning rate of a leaf is multiplied by; side is output, input or ""."""
         return 1.0
+
+    def wrapped(self, site: Site, expression: Weight) -> Weight:
+        """Return the expression that training begins with, around the one that the structure has built."""
+        return expression
 
     def suits(self, path: str, expression: Weight) -> None:
         """Refuse a weight to which the method has no meaning; called by `adapt` and again by `attach`."""

@@ -72,19 +72,21 @@ class Planned:
 
     Attributes:
         shared: tensors that the layers share; those that require a gradient are trained.
-        sites: per path, fixed tensors such as index maps; they are planned again at loading, not stored.
+        sites: per path, fixed tensors such as index maps, and modules that several weights read; they are
+            planned again at loading, not stored.
     """
 
     shared: Mapping[str, Tensor] = field(default_factory=dict)
-    sites: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    sites: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def digest(self) -> str:
         """Return a hash of the fixed tensors, or "" where there are none."""
         hasher = hashlib.sha256()
         for path in sorted(self.sites):
-            for key in sorted(self.sites[path]):
+            for key, value in sorted(self.sites[path].items()):
                 hasher.update(f"{path}:{key}".encode())
-                hasher.update(self.sites[path][key].detach().cpu().contiguous().numpy().tobytes())
+                if isinstance(value, Tensor):
+                    hasher.update(value.detach().cpu().contiguous().numpy().tobytes())
         return hasher.hexdigest()[:16] if self.sites else ""
 
 
@@ -210,7 +212,7 @@ class Site(Place):
     rule: DynamicRanks | None = None
     root: nn.Module = field(default_factory=nn.Module)
     shared: Mapping[str, str] = field(default_factory=dict)
-    planned: Mapping[str, Tensor] = field(default_factory=dict)
+    planned: Mapping[str, Any] = field(default_factory=dict)
     statistics: Mapping[str, WeightStatistics] = field(default_factory=dict)
     learning_rate: float | None = None
     reference: int | None = None

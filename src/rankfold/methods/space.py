@@ -47,8 +47,9 @@ class Verdict:
 def pairs() -> Iterator[Verdict]:
     """Yield the verdict on every pair of methods of two axes.
 
-    A pair without a structure is asked about with lora, or with the structure of the initialiser's paper, a
-    pair with an initialiser that needs a dynamics with that dynamics.
+    A pair without a structure is asked about with lora, or with the structure of the initialiser's paper, or
+    with low-rank where one of the two is for weights trained from scratch; a pair with an initialiser that
+    needs a dynamics with that dynamics.
     """
     for one, other in itertools.combinations(AXES, 2):
         for first, second in itertools.product(parts_on(one), parts_on(other)):
@@ -88,7 +89,8 @@ def point(parts: Sequence[Method]) -> Recipe:
         if needed and needed not in [m.name for m in parts if m.axis == "dynamics"]:
             dynamics.append(part_of(get("dynamics", needed)))
         chosen.setdefault("structure", part_of(get("structure", init.traits["structure"])))
-    structure = chosen.pop("structure", "lora")
+    from_scratch = any(m.traits.get("wraps") for m in parts)
+    structure = chosen.pop("structure", "low-rank" if from_scratch else "lora")
     return Recipe(structure, chosen.get("init"), chosen.get("ranks"), tuple(dynamics))
 
 

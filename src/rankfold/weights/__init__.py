@@ -1,10 +1,13 @@
 """The weight language: every weight is an expression over a few structured linear maps."""
 
+from .activated import Activated
 from .bases import RandomMixture, ScaledBases
+from .channels import Channels
 from .composites import Composite, Dropped, Scaled
 from .experts import Experts, Given, Router, Same
 from .gates import Gate, Gated, Gates
 from .gram import Gram
+from .hashed import CyclicChunks, Hashed
 from .kernelwise import Polyadic, Viewed
 from .leaves import (
     Base,
@@ -21,14 +24,20 @@ from .leaves import (
     owned,
     trained,
 )
+from .monarch import Monarch
 from .normalized import ColumnNormalized, Normalized, row_norms
 from .op import LINEAR, Convolution, Op
+from .ordered import Ordered
 from .orthogonal import Cayley, Identity, Shifted
 from .products import Hadamard, Modulated, Product
+from .projected import Fastfood, Fixed, Projected, Projection
 from .rectified import Affine, Rectified
 from .rescaled import Rescaled
 from .selection import Rectangle, Scattered, Selection, ThinRectangle, adopt_selections
+from .separable import Separable
 from .shards import Repeated, Sharded
+from .spectral import Sliced, Spectral
+from .staged import Densifying, Factoring, Guided, Staged
 from .structured import (
     BlockDiagonal,
     Diagonal,
@@ -46,18 +55,25 @@ from .weight import Count, Leaf, Pair, Transposed, Weight
 
 __all__ = [
     "LINEAR",
+    "Activated",
     "Affine",
     "Base",
     "BlockDiagonal",
     "Cayley",
+    "Channels",
     "ColumnNormalized",
     "Composite",
     "Convolution",
     "Count",
+    "CyclicChunks",
     "Dense",
+    "Densifying",
     "Diagonal",
     "Dropped",
     "Experts",
+    "Factoring",
+    "Fastfood",
+    "Fixed",
     "Foreign",
     "Gate",
     "Gated",
@@ -65,7 +81,9 @@ __all__ = [
     "Given",
     "Gram",
     "Grid",
+    "Guided",
     "Hadamard",
+    "Hashed",
     "Identity",
     "Joined",
     "Kronecker",
@@ -73,14 +91,18 @@ __all__ = [
     "Masked",
     "Mixture",
     "Modulated",
+    "Monarch",
     "Moved",
     "Normalized",
     "Op",
+    "Ordered",
     "Pair",
     "Permutation",
     "Polyadic",
     "Pooled",
     "Product",
+    "Projected",
+    "Projection",
     "RandomMixture",
     "Rectangle",
     "Rectified",
@@ -95,10 +117,14 @@ __all__ = [
     "Seeded",
     "Select",
     "Selection",
+    "Separable",
     "Sharded",
     "Shifted",
+    "Sliced",
     "Sparse",
+    "Spectral",
     "Split",
+    "Staged",
     "Sum",
     "TensorTrain",
     "ThinRectangle",

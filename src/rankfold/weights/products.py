@@ -87,8 +87,8 @@ class Product(Composite[tuple[Factors | None, Split | None]]):
         rank = self.rank()
         if rank >= min(self.shape) and not all(isinstance(f, Leaf | Diagonal) for f in factors):
             return None
-        # A Kronecker factor is worth more apart, and noise between factors is lost in their product.
-        apart = any(isinstance(f, Base | Kronecker) for f in factors) or self._noisy()
+        # Kronecker factors and blocks are worth more apart, and noise between factors is lost in a product.
+        apart = any(isinstance(f, Base | BlockDiagonal | Kronecker) for f in factors) or self._noisy()
         return None if apart else rank
 
     def _noisy(self) -> bool:

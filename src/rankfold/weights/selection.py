@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -171,14 +171,24 @@ class ThinRectangle(Rectangle):
     thin = True
 
 
+@runtime_checkable
+class Adopting(Protocol):
+    """An expression whose sizes training changes."""
+
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the sizes of tensors that are about to be copied in, by leaf name."""
+
+
 def adopt_selections(expression: Weight, tensors: Mapping[str, Tensor]) -> None:
-    """Let every selection take the sizes of tensors that are about to be copied into it, by leaf name.
+    """Let whatever changes its size in training take that of tensors about to be copied in, by leaf name.
+
+    A weight that changes its form in training takes the form that they have.
 
     Raises:
         FormatError: they do not belong together.
     """
-    for part in expression.modules():
-        if isinstance(part, Selection):
+    for part in list(expression.modules()):
+        if isinstance(part, Adopting):
             part.adopt(tensors)
 
 

@@ -30,6 +30,7 @@ from .relora import warm_up
 
 @dynamics(
     "refactorisation",
+    aliases=("refactorize",),
     pairs="parts",
     gates=False,
     status="experimental",
