@@ -27,7 +27,7 @@ def _refused(arguments: list[str], capture: Capture) -> str:
     return shown.err
 
 
-@pytest.mark.parametrize("verb", ["adapt", "methods", "export", "fold"])
+@pytest.mark.parametrize("verb", ["adapt", "pretrain", "methods", "export", "fold"])
 def test_help_fits_a_screen(verb: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert main([verb, "--help"]) == 0
@@ -45,7 +45,7 @@ def test_the_program_introduces_itself(name: str, capsys: Capture) -> None:
 def test_without_words_the_verbs_are_listed(capsys: Capture) -> None:
     assert main([]) == 0
     shown = capsys.readouterr().out
-    assert all(verb in shown for verb in ("adapt", "methods", "export", "fold"))
+    assert all(verb in shown for verb in ("adapt", "pretrain", "methods", "export", "fold"))
 
 
 @pytest.mark.parametrize(

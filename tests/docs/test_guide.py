@@ -38,5 +38,5 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
         assert promised in printed
 
 
-def test_the_guide_has_its_four_pages_and_the_start():
-    assert {page.stem for page in PAGES} == {"index", "adapt", "combine", "serve", "extend"}
+def test_the_guide_has_its_five_pages_and_the_start():
+    assert {page.stem for page in PAGES} == {"index", "adapt", "combine", "pretrain", "serve", "extend"}

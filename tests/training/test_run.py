@@ -180,7 +180,9 @@ def test_a_classifier_with_dropout_resumes_to_the_same_weights(
     assert _same(_weights(through.out), _weights(classify.out))
 
 
-def test_a_finished_run_that_is_resumed_stays_as_it_is(causal: RunConfig) -> None:
+@pytest.mark.parametrize("steps", [7, 8], ids=["within an epoch", "at its end"])
+def test_a_finished_run_that_is_resumed_stays_as_it_is(steps: int, causal: RunConfig) -> None:
+    causal = replace(causal, steps=steps)
     run(causal, progress=False)
     before = _weights(causal.out)
     run(causal, resume=True, progress=False)

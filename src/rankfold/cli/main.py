@@ -13,6 +13,7 @@ from rankfold.cli.adapt import adapt
 from rankfold.cli.export import export
 from rankfold.cli.fold import fold
 from rankfold.cli.methods import methods
+from rankfold.cli.pretrain import pretrain
 from rankfold.errors import RankfoldError
 
 BAD_INPUT = 2
@@ -20,11 +21,11 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="rankfold",
-    help="Low-rank learning: adapt a pretrained model, and turn the result into what others read.",
+    help="Low-rank learning: pretrain, adapt, and turn the result into what others read.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (adapt, methods, export, fold):
+for verb in (adapt, pretrain, methods, export, fold):
     app.command()(verb)
 
 
@@ -33,7 +34,7 @@ def start(
     context: typer.Context,
     show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
-    """Low-rank learning: adapt a pretrained model, and turn the result into what others read."""
+    """Low-rank learning: pretrain, adapt, and turn the result into what others read."""
     if show_version:
         typer.echo(rf.__version__)
     elif context.invoked_subcommand is None:
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message(), BAD_INPUT)
     if code == INTERRUPTED:
         typer.echo(err=True)  # leave the line of the progress bar
-        return _fail("interrupted; `rankfold adapt` continues with --resume", INTERRUPTED)
+        return _fail("interrupted; the same command continues with --resume", INTERRUPTED)
     return code or 0
 
 

@@ -105,7 +105,7 @@ def load_base(model: str, task: str, *, labels: Sequence[str] | None = None, dty
         # A head for other classes is replaced by a new one, which is then trained.
         options["ignore_mismatched_sizes"] = True
     try:
-        with _silence():
+        with silence():
             loaded, info = auto.from_pretrained(model, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except Exception as error:  # every file format and model class fails in its own way
@@ -129,8 +129,8 @@ def length_limit(base: Base, asked: int | None) -> int:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Keep transformers from listing what is new in the model, which `Base.fresh` says."""
+def silence() -> Iterator[None]:
+    """Keep transformers from remarks, such as what is new in a model, and from bars of its own."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

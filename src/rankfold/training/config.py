@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from rankfold.errors import FormatError, InvalidOption, MissingPath, near_names
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 CHOICES = {
     "task": ("causal", "classify"),
@@ -77,23 +80,45 @@ class RunConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in choices:
-                raise InvalidOption(f"{name} is {value!r}; choose {', '.join(choices)}")
-        for name in ("lr", "epochs"):
-            self._require(name, lambda value: math.isfinite(value) and value > 0, "a positive number")
-        for name in ("steps", "batch_size", "accumulate", "save_steps"):
-            self._require(name, lambda value: value >= 1, "at least 1")
-        self._require("max_length", lambda value: value >= 2, "at least 2, a token and the one it predicts")
-        self._require("seed", lambda value: 0 <= value < 2**32, "between 0 and 2**32 - 1")
-        if self.epochs is not None and self.steps is not None:
-            raise InvalidOption("epochs and steps both say how long to train; give one of them")
+        require_choices(self, CHOICES)
+        require_positive(self, "lr", "epochs")
+        require_counts(self, "steps", "batch_size", "accumulate", "save_steps")
+        require(self, "max_length", lambda value: value >= 2, "at least 2, a token and the one it predicts")
+        require(self, "seed", lambda value: 0 <= value < 2**32, "between 0 and 2**32 - 1")
+        require_one_length(self)
 
-    def _require(self, name: str, allowed: Any, wanted: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not allowed(value):
-            raise InvalidOption(f"{flag(name)} is {value}; it must be {wanted}")
+
+def require(config: Any, name: str, allowed: Callable[[Any], bool], wanted: str) -> None:
+    """Raise an `InvalidOption` where the setting `name` is given and not allowed."""
+    value = getattr(config, name)
+    if value is not None and not allowed(value):
+        raise InvalidOption(f"{flag(name)} is {value}; it must be {wanted}")
+
+
+def require_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """Raise where a setting is none of its choices."""
+    for name, known in choices.items():
+        value = getattr(config, name)
+        if value is not None and value not in known:
+            raise InvalidOption(f"{name} is {value!r}; choose {', '.join(known)}")
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise where a setting is no positive number."""
+    for name in names:
+        require(config, name, lambda value: math.isfinite(value) and value > 0, "a positive number")
+
+
+def require_counts(config: Any, *names: str) -> None:
+    """Raise where a setting is less than 1."""
+    for name in names:
+        require(config, name, lambda value: value >= 1, "at least 1")
+
+
+def require_one_length(config: Any) -> None:
+    """Raise where `epochs` and `steps` are both given."""
+    if config.epochs is not None and config.steps is not None:
+        raise InvalidOption("epochs and steps both say how long to train; give one of them")
 
 
 def flag(name: str) -> str:
@@ -128,13 +153,17 @@ def parse_options(assignments: list[str]) -> dict[str, Any]:
     return options
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Read a YAML or JSON file of run settings as keyword arguments of `RunConfig`.
+def read_config(path: str | Path, kind: "type[DataclassInstance]" = RunConfig) -> dict[str, Any]:
+    """Read a YAML or JSON file of run settings as keyword arguments.
+
+    Args:
+        path: the file.
+        kind: the dataclass of the settings.
 
     Raises:
         MissingPath: when there is no such file.
         FormatError: when it cannot be read, or is not a table of keys and values.
-        InvalidOption: when a key or a value is not one of `RunConfig`.
+        InvalidOption: when a key or a value is not one of `kind`.
     """
     import yaml
 
@@ -148,39 +177,44 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise FormatError(f"{file} cannot be read as YAML or JSON: {_one_line(error)}") from error
     if not isinstance(content, Mapping):
         raise FormatError(f"{file} is not a table of keys and values")
-    return {_field(str(key)): _coerced(_field(str(key)), value) for key, value in content.items()}
+    names = {str(key): _field(str(key), kind) for key in content}
+    return {names[str(key)]: _coerced(names[str(key)], value, kind) for key, value in content.items()}
 
 
-def config_text(config: RunConfig) -> str:
+def config_text(config: "DataclassInstance") -> str:
     """Return the YAML text that `read_config` turns into the same settings; what is not set is left out."""
     import yaml
 
     settings = json_settings(config).items()
-    given = {flag(name): value for name, value in settings if value not in (None, {}, [])}
+    given = {flag(name): value for name, value in settings if not (value is False or value in (None, {}, []))}
     text: str = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
     return text
 
 
-def json_settings(config: RunConfig) -> dict[str, Any]:
+def json_settings(config: "DataclassInstance") -> dict[str, Any]:
     """Return the settings as a JSON-like dict: tuples are lists."""
     settings = dataclasses.asdict(config)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def _field(key: str) -> str:
+def _field(key: str, kind: "type[DataclassInstance]") -> str:
     name = key.replace("-", "_")
-    known = [item.name for item in dataclasses.fields(RunConfig)]
+    known = [item.name for item in dataclasses.fields(kind)]
     if name not in known:
         raise InvalidOption(f"{key} is not a setting{near_names(key, map(flag, known))}")
     return name
 
 
-def _coerced(name: str, value: Any) -> Any:
+def _coerced(name: str, value: Any, of: "type[DataclassInstance]") -> Any:
     """Return `value` as the field's type: YAML reads 2e-4 as text, 1 as an integer, one name as no list."""
-    wanted = get_type_hints(RunConfig)[name]
+    wanted = get_type_hints(of)[name]
     kinds = [kind for kind in (int, float, str) if wanted in (kind, kind | None)]
     if value is None or (name == "set" and isinstance(value, Mapping)):
         return value
+    if wanted is bool:
+        if isinstance(value, bool):
+            return value
+        raise InvalidOption(f"{flag(name)} is {value!r}; it must be true or false")
     if wanted in (tuple[str, ...], tuple[str, ...] | None):
         return tuple(str(item) for item in value) if isinstance(value, list) else (str(value),)
     try:

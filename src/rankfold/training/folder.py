@@ -7,11 +7,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankfold.errors import InvalidOption, OutputExists
 from rankfold.formats.native import RECORD, TENSORS
 from rankfold.training.config import RunConfig, config_text, flag, read_config
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # Where a run continues and how often it saves may change between its parts; nothing else may.
 MAY_CHANGE = {"out", "save_steps", "device"}
@@ -19,13 +22,19 @@ MAY_CHANGE = {"out", "save_steps", "device"}
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder with `config.yaml`, `checkpoints/`, and at the end the adapter and `result.json`.
+    """A folder with `config.yaml`, `checkpoints/`, and at the end what was trained and `result.json`.
 
     Args:
         path: the folder; it need not exist yet.
+        kind: the dataclass of the settings.
+        record: the file by which others know that what was trained is there; it is written last.
+        results: further files and folders that the end of a run leaves, as globs.
     """
 
     path: Path
+    kind: "type[DataclassInstance]" = RunConfig
+    record: str = RECORD
+    results: tuple[str, ...] = (TENSORS, "README.md")
 
     @property
     def config_file(self) -> Path:
@@ -55,7 +64,7 @@ class RunFolder:
         if not self.config_file.is_file():
             raise OutputExists(f"the folder {self.path} holds no run to resume: it has no config.yaml")
 
-    def start(self, config: RunConfig, *, overwrite: bool) -> None:
+    def start(self, config: "DataclassInstance", *, overwrite: bool) -> None:
         """Clear what an overwritten run left, and write the settings.
 
         Raises:
@@ -75,26 +84,27 @@ class RunFolder:
         return next((path for path in reversed(found) if _is_json(path / "trainer_state.json")), None)
 
     def finish(self, save: Callable[[Path], object], result: dict[str, Any]) -> None:
-        """Let `save` write the adapter into an empty folder; move its files here, with the result.
+        """Let `save` write what was trained into an empty folder; move its files here, with the result.
 
-        The adapter's record moves last: a folder that has it has the rest.
+        The record moves last: a folder that has it has the rest.
         """
         with tempfile.TemporaryDirectory(dir=self.path, prefix=".saving-") as temporary:
-            staging = Path(temporary) / "adapter"
+            staging = Path(temporary) / "trained"
             save(staging)
             write_text(staging / "result.json", json.dumps(result, indent=2) + "\n")
-            for file in sorted(staging.iterdir(), key=lambda file: file.name == RECORD):
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == self.record):
+                if file.is_dir():  # which takes the place of no other
+                    _remove(self.path / file.name)
                 file.replace(self.path / file.name)
 
     def _clear(self) -> None:
-        for name in (RECORD, TENSORS, "README.md", "result.json", "config.yaml"):
-            (self.path / name).unlink(missing_ok=True)
-        for checkpoint in self.checkpoints.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        for pattern in (self.record, *self.results, "result.json", "config.yaml", "checkpoints/checkpoint-*"):
+            for path in self.path.glob(pattern):
+                _remove(path)
 
-    def _compare(self, config: RunConfig) -> None:
-        stored = RunConfig(**read_config(self.config_file))
-        for item in dataclasses.fields(RunConfig):
+    def _compare(self, config: "DataclassInstance") -> None:
+        stored = self.kind(**read_config(self.config_file, self.kind))
+        for item in dataclasses.fields(self.kind):
             before, now = getattr(stored, item.name), getattr(config, item.name)
             if item.name not in MAY_CHANGE and before != now:
                 raise InvalidOption(
@@ -108,6 +118,13 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_json(path: Path) -> bool:

@@ -66,10 +66,17 @@ def predict_memory(model: "nn.Module", trainable: int, tokens: int) -> Memory:
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     weights = sum(tensor.nbytes for tensor in tensors.values())
     width = next(model.parameters()).element_size()
-    return Memory(weights + 4 * trainable, 4 * trainable, 8 * trainable, _activations(model, tokens, width))
+    return Memory(weights + 4 * trainable, 4 * trainable, 8 * trainable, activations(model, tokens, width))
 
 
-def _activations(model: "nn.Module", tokens: int, width: int) -> int:
+def activations(model: "nn.Module", tokens: int, width: int) -> int:
+    """Estimate the bytes that a forward pass keeps; see `predict_memory`.
+
+    Args:
+        model: a transformer.
+        tokens: of the batch.
+        width: bytes of a number that is computed with.
+    """
     config: Any = getattr(model, "config", None)
     hidden = getattr(config, "hidden_size", 0)
     wide = getattr(config, "intermediate_size", None) or 4 * hidden

@@ -1,11 +1,7 @@
 """One training run: from settings to an adapter in a folder, through transformers' Trainer."""
 
 import math
-import os
-import resource
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +13,17 @@ from rankfold.errors import Incompatible, InvalidOption
 from rankfold.layers import require, task_heads
 from rankfold.methods.attach import attachable
 from rankfold.methods.recipe import resolve, split_part
-from rankfold.methods.registry import get, needs_of
+from rankfold.methods.registry import get, needs_of, structure_named
 from rankfold.training.config import DEFAULT_EPOCHS, RunConfig
 from rankfold.training.folder import RunFolder
+from rankfold.training.loop import (
+    Notify,
+    is_main_process,
+    peak_memory,
+    runs_on_cpu,
+    train,
+    training_arguments,
+)
 from rankfold.training.memory import predict_memory
 from rankfold.training.metrics import Score, evaluate, mean_loss
 from rankfold.training.prepare import Prepared, prepare
@@ -29,7 +33,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer, TrainingArguments
 
-Notify = Callable[[str], None]
 AXES = ("structure", "init", "ranks", "dynamics")
 CALIBRATION_BATCHES = 32  # that initialisers and rank rules see; the papers take 8 to 256 examples
 
@@ -62,10 +65,14 @@ def recipe(method: str, options: dict[str, Any]) -> rf.Recipe:
     return chosen
 
 
-def _refuse_inputs(point: rf.Recipe) -> None:
-    """Refuse a structure whose gate reads what the data of a run cannot give."""
+def refuse_inputs(point: rf.Recipe) -> None:
+    """Refuse a structure whose gate reads what the data of a run cannot give.
+
+    Raises:
+        Incompatible: it reads more.
+    """
     name, _ = split_part(point.structure)
-    inputs = get("structure", name).traits["inputs"]
+    inputs = structure_named(name).traits["inputs"]
     if inputs:
         given = ", ".join(f"{each}=..." for each in inputs)
         raise Incompatible(
@@ -92,7 +99,7 @@ def _with_option(parts: Sequence[Any], option: str, value: Any) -> tuple[Any, ..
 def plan_run(config: RunConfig) -> RunPlan:
     """Find what `config` would adapt and what that costs; nothing is written and nothing trains."""
     point = recipe(config.method, config.set)
-    _refuse_inputs(point)
+    refuse_inputs(point)
     prepared = prepare(config)
     config = prepared.config
     plan = rf.plan(prepared.base.model, point, **_adapt_arguments(prepared, point))
@@ -129,7 +136,7 @@ def run(
         raise InvalidOption("a run needs a folder for its adapter: name one with --out")
     folder = RunFolder(Path(config.out))
     point = recipe(config.method, config.set)
-    _refuse_inputs(point)
+    refuse_inputs(point)
     if is_main_process():
         folder.check(resume=resume, overwrite=overwrite)
     arguments = _training_arguments(config, folder)
@@ -148,7 +155,7 @@ def run(
         before = _score(model, prepared)
     notify(f"before: {before} on {prepared.scored_on}")
     trainer = _trainer(model, arguments, prepared, progress)
-    seconds = _train(trainer, folder.last_checkpoint() if resume else None, notify)
+    seconds = train(trainer, folder.last_checkpoint() if resume else None, notify)
     counts = rf.summary(model)
     result = RunResult(
         config,
@@ -157,7 +164,7 @@ def run(
         counts.total,
         trainer.state.global_step,
         seconds,
-        _peak_memory(arguments.device),
+        peak_memory(arguments.device),
         before,
         _score(model, prepared),
         prepared.scored_on,
@@ -210,35 +217,15 @@ def _train_in_float32(model: "nn.Module") -> None:
 
 
 def _training_arguments(config: RunConfig, folder: RunFolder) -> "TrainingArguments":
-    from transformers import TrainingArguments
-
-    gpu = torch.cuda.is_available()
-    if config.device == "cuda" and not gpu:
-        raise InvalidOption("device is cuda and there is no GPU that torch can use; choose cpu")
-    on_cpu = config.device == "cpu" or (config.device == "auto" and not gpu)
-    if config.dtype == "float16" and on_cpu:
+    if config.dtype == "float16" and runs_on_cpu(config.device):
         raise InvalidOption("dtype float16 trains on a GPU only; choose bfloat16 or float32")
-    arguments = TrainingArguments(
-        output_dir=str(folder.checkpoints),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.lr,
+    return training_arguments(
+        config,
+        folder.checkpoints,
         num_train_epochs=config.epochs or DEFAULT_EPOCHS,
-        max_steps=config.steps or -1,
-        seed=config.seed,
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
-        use_cpu=on_cpu,
-        save_steps=config.save_steps or 0.1,  # below 1: a share of the run
-        save_total_limit=2,
-        logging_steps=0.01,
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are torchrun's, never DataParallel's copies
-    return arguments
 
 
 def _trainer(
@@ -248,9 +235,13 @@ def _trainer(
 
     from rankfold.training.progress import ProgressBar
     from rankfold.training.routed import routed_trainer
+    from rankfold.training.whole import WholeCheckpoints
+
+    class RunTrainer(WholeCheckpoints, routed_trainer()):  # type: ignore[misc]
+        """The Trainer of a run."""
 
     moving = attachable(require(model))[1] is not None
-    trainer = routed_trainer()(
+    trainer = RunTrainer(
         model=model,
         args=arguments,
         train_dataset=prepared.training,
@@ -270,15 +261,6 @@ def _optimizer(model: "nn.Module", arguments: "TrainingArguments") -> torch.opti
     return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, eps=arguments.adam_epsilon)
 
 
-def _train(trainer: "Trainer", checkpoint: Path | None, notify: Notify) -> float:
-    """Train from `checkpoint`, or from the start, and return the seconds."""
-    if checkpoint is not None:
-        notify(f"resuming from {checkpoint.name}")
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return time.perf_counter() - start
-
-
 def _score(model: "nn.Module", prepared: Prepared) -> Score:
     config = prepared.config
     autocast = None if config.dtype == "float32" else getattr(torch, config.dtype)
@@ -289,15 +271,3 @@ def _steps(config: RunConfig, examples: int) -> int:
     """Return the optimizer steps of a run on one device."""
     per_epoch = math.ceil(math.ceil(examples / config.batch_size) / config.accumulate)
     return config.steps or math.ceil(per_epoch * (config.epochs or DEFAULT_EPOCHS))
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others kibibytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def is_main_process() -> bool:
-    """Say whether this process writes and speaks: the only one, or the first that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
