@@ -321,3 +321,90 @@ def test_impossible_options_are_refused() -> None:
     with pytest.raises(rf.errors.InvalidRank, match="rank"):
         adapted(rank=7)
     assert require(adapted(tau=5.0, absolute=True)) is not None
+
+
+class Either(nn.Module):
+    """Sends its input through one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList([nn.Linear(12, 16), nn.Linear(12, 16)]).double()
+
+    def forward(self, x: Tensor, which: int = 0) -> Tensor:
+        """Return the output of one."""
+        output: Tensor = self.layers[which](x)
+        return output
+
+
+def test_a_weight_that_no_gradient_reaches_is_left_out_of_a_step() -> None:
+    model, x = rf.adapt(Either(), "dlrt", rank=3, uncalled="allow"), normal(40, 12)
+    idle = model.layers[1].expression  # type: ignore[index,union-attr]
+    before = [leaf.tensor().detach().clone() for leaf in (idle.left, idle.core, idle.right)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=0.1)
+    with rf.attach(model, optimizer) as handle:
+        (float("inf") * model(x, 1)).sum().backward()  # thrown away, as a gradient scaler does
+        optimizer.zero_grad(set_to_none=False)
+        for _ in range(2):
+            loss_of(model, x).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        assert handle.run is not None
+        handle.run.enter("structure=dlrt")
+        assert "seen" not in handle.run.memory("layers.1")
+    now = [leaf.tensor() for leaf in (idle.left, idle.core, idle.right)]
+    assert all(map(torch.equal, now, before))
+
+
+def test_gradients_that_are_taken_without_backward_make_the_same_step() -> None:
+    x, ends = normal(40, 12), []
+    for by_hand in (False, True):
+        model = adapted()
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        with rf.attach(model, optimizer):
+            for _ in range(2):
+                optimizer.zero_grad()
+                if by_hand:
+                    taken = torch.autograd.grad(loss_of(model, x), list(model.parameters()))
+                    for parameter, gradient in zip(model.parameters(), taken, strict=True):
+                        parameter.grad = gradient
+                else:
+                    loss_of(model, x).backward()
+                optimizer.step()
+        ends.append(matrix(model))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_model_in_half_precision_is_decomposed_in_single_precision(make: Any) -> None:
+    model, x = adapted(tau=0.05).bfloat16(), normal(40, 12).bfloat16()
+    optimizer = make(model.parameters(), lr=0.02)
+    with rf.attach(model, optimizer):
+        losses = [step(model, optimizer, x) for _ in range(8)]
+    left, core, _ = factors(model)
+    assert left.dtype == core.dtype == torch.bfloat16
+    torch.testing.assert_close((left.T @ left).double(), torch.eye(rank(model)).double(), atol=0.02, rtol=0)
+    assert losses[-1] < losses[0]
+
+
+def test_a_frozen_weight_stays_bit_for_bit_and_holds_nothing() -> None:
+    model, x = adapted(), normal(40, 12)
+    for leaf in (weight(model).left, weight(model).core, weight(model).right):
+        leaf.tensor().requires_grad_(False)
+    before = factors(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    with rf.attach(model, optimizer) as handle:
+        loss_of(model, x).backward()
+        assert handle.run is not None
+        handle.run.enter("structure=dlrt")
+        assert not handle.run.memory("0")
+        optimizer.step()
+    assert all(map(torch.equal, factors(model), before))
+
+
+def test_a_core_that_holds_no_numbers_is_refused_with_a_sentence() -> None:
+    model = adapted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=float("inf"))
+    with rf.attach(model, optimizer), pytest.raises(rf.errors.InvalidOption, match="0: the core of shape"):
+        step(model, optimizer, normal(40, 12))

@@ -162,6 +162,11 @@ def test_a_sweep_over_nothing_is_refused(wrong: dict[str, Any]) -> None:
         rf.intrinsic_dimension_of(lambda dimension, seed: 1.0, **given)
 
 
+def test_a_share_of_a_negative_score_is_refused() -> None:
+    with pytest.raises(InvalidOption, match="needs positive scores"):
+        rf.intrinsic_dimension_of(lambda dimension, seed: -0.5, [3])
+
+
 def test_digits_need_a_small_share_of_the_dimensions_of_a_network() -> None:
     from sklearn.datasets import load_digits
 

@@ -80,6 +80,11 @@ def test_a_network_that_cannot_be_traced_is_refused() -> None:
         graph_of(Branching())
 
 
+def test_a_network_whose_forward_calls_no_layer_with_parameters_is_refused() -> None:
+    with pytest.raises(InvalidOption, match="the graph of Linear holds no parameter"):
+        predictor().initialise(nn.Linear(4, 4))
+
+
 # Predictions ------------------------------------------------------------------------------------------
 
 
@@ -201,7 +206,11 @@ def test_training_is_determined_by_its_seed() -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"networks": 0}, {"warmup": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"networks": 0}, {"warmup": 1.0}, {"lr": 0.0}, {"clip": -1.0}, {"weight_decay": -1.0}],
+    ids=str,
+)
 def test_impossible_trainings_are_refused(wrong: dict[str, Any]) -> None:
     options = {"steps": 1, **wrong}
     with pytest.raises(InvalidOption, match=f"train_hypernetwork: {next(iter(wrong))} must be"):

@@ -90,6 +90,16 @@ def test_bad_input_is_refused_and_changes_nothing() -> None:
     with pytest.raises(UnsupportedLayer, match="Linear has no recurrent weight"):
         rf.low_rank_recurrent_(nn.Linear(3, 3), 2)
     assert torch.equal(model.weight_hh_l0, before)
+    for rank in (0, 2.0, True):
+        with pytest.raises(InvalidRank, match=f"rank {rank} is not in"):
+            rf.low_rank_recurrent_(model, rank)  # type: ignore[arg-type]
+    for shape, dtype in (((4,), torch.float32), ((3, 4, 4), torch.float32), ((4, 4), torch.long)):
+        with pytest.raises(InvalidOption, match="low-rank-rnn starts real matrices, not"):
+            rf.low_rank_recurrent_(torch.zeros(shape, dtype=dtype), 2)
+
+
+def test_a_weight_of_zeros_that_is_cut_stays_zero() -> None:
+    assert not rf.low_rank_recurrent_(torch.zeros(4, 4), 2, gain=None).any()
 
 
 # Measures ---------------------------------------------------------------------------------------------

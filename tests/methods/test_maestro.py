@@ -344,3 +344,30 @@ def test_impossible_options_are_refused() -> None:
     for options in ({"penalty": -1.0}, {"threshold": -1.0}, {"interval": 0}):
         with pytest.raises(rf.errors.InvalidOption, match=next(iter(options))):
             adapted(**options)
+
+
+def test_an_optimizer_that_loads_another_step_cuts_as_that_step_does() -> None:
+    model, known = adapted(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with rf.attach(model, optimizer):
+        for _ in range(12):
+            known.append((cut_of(model), copy.deepcopy(optimizer.state_dict())))
+            step(model, optimizer)
+    again = torch.optim.SGD(model.parameters(), lr=0.0)
+    with rf.attach(model, again):
+        for cut, state in reversed(known):
+            again.load_state_dict(state)
+            assert cut_of(model) == cut
+    assert len({tuple(cut) for cut, _ in known}) > 2
+
+
+def test_a_frozen_weight_is_neither_cut_nor_shortened() -> None:
+    model = adapted(interval=1, threshold=1e9)
+    for parameter in model[0].parameters():  # type: ignore[index]
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with rf.attach(model, optimizer):
+        for _ in range(6):
+            assert [place for place, _ in cut_of(model)] == [1]
+            step(model, optimizer)
+        assert widths(model) == [4, 1]

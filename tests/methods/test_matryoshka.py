@@ -68,6 +68,29 @@ def test_a_coordinate_learns_from_the_prefixes_that_hold_it_and_no_others(effici
     torch.testing.assert_close(whole[:, 5:], longest[:, 5:])
 
 
+@pytest.mark.parametrize("efficient", [False, True])
+@pytest.mark.parametrize("point", ["lora", "low-rank"])
+def test_heads_may_be_adapted(point: str, efficient: bool) -> None:
+    model, z = nn.Sequential(head(efficient=efficient)), embedding()
+    start = rf.matryoshka_loss(model(z), TARGET)
+    rf.adapt(model, point, rank=2)
+    optimizer = torch.optim.Adam(rf.param_groups(model, lr=0.05))
+    for _ in range(5):
+        optimizer.zero_grad()
+        rf.matryoshka_loss(model(z), TARGET).backward()
+        optimizer.step()
+    adapted = model(z)
+    assert rf.matryoshka_loss(adapted, TARGET) < start
+    for found, wanted in zip(rf.fold(model)(z), adapted, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_an_embedding_of_another_width_is_refused() -> None:
+    for width in (11, 13):
+        with pytest.raises(InvalidOption, match=f"the embedding must be 12 wide, not {width}"):
+            head()(normal(7, width))
+
+
 def contrastive(questions: Tensor, answers: Tensor) -> Tensor:
     return F.cross_entropy(questions @ answers.T / 0.1, torch.arange(len(questions)))
 
@@ -101,6 +124,8 @@ def test_lengths_that_do_not_ascend_to_the_width_are_refused(nesting: Sequence[i
 def test_weights_that_are_not_as_many_as_prefixes_are_refused() -> None:
     with pytest.raises(InvalidOption, match="3 prefixes need as many weights, not 2"):
         rf.matryoshka_loss(head()(embedding()), TARGET, weights=(1, 2))
+    with pytest.raises(InvalidOption, match="at least one prefix"):
+        rf.matryoshka_loss([], TARGET)
 
 
 def test_it_is_a_function_and_no_part_of_a_point() -> None:

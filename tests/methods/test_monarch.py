@@ -9,7 +9,8 @@ from methods._moving import Training, assert_resumes, perceptron
 from torch import Tensor
 
 import rankfold as rf
-from rankfold.errors import InvalidOption
+from rankfold.errors import Incompatible, InvalidOption
+from rankfold.methods.attach import TotalStepsChanged
 
 REVERSED = rf.Recipe(("monarch", {"blocks": 2, "sparse": 0.5}))
 
@@ -126,6 +127,29 @@ def test_names_of_parameters_follow() -> None:
 @pytest.mark.parametrize("stop", [17, 20, 25])
 def test_a_training_that_was_interrupted_is_the_one_that_was_not(tmp_path: Path, stop: int) -> None:
     assert_resumes(REVERSED, tmp_path, stop=stop, rank=None)
+
+
+def test_a_training_that_goes_on_with_fewer_steps_is_late_and_multiplies_out_at_once() -> None:
+    training = Training(REVERSED, rank=None)
+    training.run(15)
+    training.handle.remove()
+    with pytest.warns(TotalStepsChanged):
+        handle = rf.attach(training.model, training.optimizer, total_steps=20)
+    training.run(1)
+    weights = [leaves_of(training.model, path)["weight"] for path in ("0", "2")]
+    training.run(1)
+    assert all(training.optimizer.state[weight]["step"] == 1 for weight in weights)
+    handle.remove()
+
+
+def test_fresh_matrices_whose_gradients_no_wrapper_would_average_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with pytest.raises(Incompatible, match="monarch trains in one process where sparse is below 1"):
+        Training(REVERSED, rank=None)
+    Training(rf.Recipe("monarch"), rank=None).run(1)
 
 
 def test_more_blocks_than_a_side_and_impossible_shares_are_refused() -> None:

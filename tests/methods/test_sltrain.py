@@ -1,6 +1,8 @@
 """SLTrain: low-rank plus sparse on a fixed support, without a dense trained matrix."""
 
+import pytest
 import torch
+import torch.utils.flop_counter
 from torch import nn
 
 import rankfold as rf
@@ -63,3 +65,26 @@ def test_the_optimizer_holds_what_is_trained_and_no_dense_matrix():
     _, optimizer = trained()
     held = sum(state["exp_avg"].numel() for state in optimizer.state.values())
     assert held == 4 * (24 + 32) + int(0.1 * 24 * 32)
+
+
+def test_a_thirtieth_of_the_entries_by_default():
+    model = rf.adapt(nn.Sequential(nn.Linear(32, 24)), "sltrain", rank=4)
+    assert len(leaf(model, "values")) == int(0.03 * 24 * 32)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_many_tokens_meet_the_whole_matrix_which_is_not_kept(half):
+    torch.manual_seed(0)
+    model, kept = rf.adapt(nn.Sequential(nn.Linear(64, 48)), "sltrain", rank=16), []
+    counter = torch.utils.flop_counter.FlopCounterMode(display=False)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
+        counter,
+    ):
+        output = model(torch.ones(1000, 64))
+    assert counter.get_total_flops() == 2 * 64 * 48 * (1000 + 16)
+    assert (48, 64) not in kept
+    assert (1000, 16) not in kept
+    output.sum().backward()
+    assert len(leaf(model, "values").grad) == int(0.03 * 48 * 64)

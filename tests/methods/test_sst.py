@@ -291,3 +291,42 @@ def test_an_optimizer_that_keeps_other_shapes_starts_anew_with_drawn_vectors() -
         assert not optimizer.state[parts(model)[0].left.tensor()]
         assert optimizer.state[core(model)]["step"] == 5
         step(model, optimizer)
+
+
+def test_a_model_in_half_precision_is_decomposed_in_single_precision() -> None:
+    model = adapted(interval=1).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    x = normal(32, 6, seed=1).bfloat16()
+    with rf.attach(model, optimizer):
+        for _ in range(3):  # a round
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    left, now, _ = whole(model)
+    assert left.dtype == now.dtype == torch.bfloat16
+    torch.testing.assert_close((left.T @ left).double(), torch.eye(6).double(), atol=0.02, rtol=0)
+
+
+def test_a_frozen_weight_stays_bit_for_bit() -> None:
+    model = rf.adapt(nn.Sequential(fresh()[0], fresh(6, 8)[0]), "sst", rank=2, interval=1)  # type: ignore[index]
+    for parameter in model[0].parameters():  # type: ignore[index]
+        parameter.requires_grad_(False)
+    before, moved = whole(model), core(model[1:]).detach().clone()  # type: ignore[index]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with rf.attach(model, optimizer):
+        for _ in range(3):
+            model(normal(4, 6)).square().mean().backward()
+            optimizer.step()
+    assert all(map(torch.equal, whole(model), before))
+    assert not torch.equal(core(model[1:]), moved)  # type: ignore[index]
+
+
+def test_singular_values_that_are_no_numbers_are_refused_with_a_sentence() -> None:
+    model = adapted(interval=1)
+    core(model).data[0] = float("nan")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        rf.attach(model, optimizer),
+        pytest.raises(rf.errors.InvalidOption, match="0: the vector of singular"),
+    ):
+        step(model, optimizer)

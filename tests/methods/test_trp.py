@@ -186,3 +186,25 @@ def test_a_weight_of_zeros_is_cut_to_zeros() -> None:
     model = linear()
     model[0].weight.data.zero_()
     assert not leaves_of(rf.adapt(model, "trp"))["weight"].any()
+
+
+def test_a_model_in_half_precision_is_decomposed_in_single_precision() -> None:
+    model = rf.adapt(perceptron().bfloat16(), recipe(interval=2, threshold=0.3)).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with rf.attach(model, optimizer, total_steps=4):
+        for _ in range(4):
+            optimizer.zero_grad()
+            (model(INPUTS.bfloat16()) - WANTED.bfloat16()).square().mean().backward()
+            optimizer.step()
+    assert sorted(leaves_of(model)) == ["down", "up"]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_frozen_weight_stays_bit_for_bit() -> None:
+    run = training(total=4, interval=1, energy=0.5)
+    weight = weight_of(run).requires_grad_(False)
+    before = weight.clone()
+    run.run(4)
+    run.handle.remove()
+    assert torch.equal(weight_of(run), before)
+    assert sorted(leaves_of(run.model, "2")) == ["down", "up"]

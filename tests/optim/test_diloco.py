@@ -172,6 +172,18 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert torch.equal(whole.flat(), first.flat())
 
 
+def test_a_state_of_other_rounds_is_refused_and_so_is_a_momentum_out_of_range() -> None:
+    saved = Worker(0, rf.optim.diloco, Together(1), every=3).optimizer.state_dict()
+    with pytest.raises(InvalidOption, match="saved with every 3, and here it is 4"):
+        Worker(0, rf.optim.diloco, Together(1), every=4).optimizer.load_state_dict(saved)
+    with pytest.raises(InvalidOption, match="saved with update 'synchronous', and here it is 'eager'"):
+        Worker(0, rf.optim.eager_diloco, Together(1), every=3).optimizer.load_state_dict(saved)
+    with pytest.raises(InvalidOption, match="saved with workers 1, and here it is 2"):
+        Worker(0, rf.optim.diloco, Together(2), every=3).optimizer.load_state_dict(saved)
+    with pytest.raises(InvalidOption, match=r"momentum in \[0, 1\), not 0.7 and 1.5"):
+        rf.optim.diloco(torch.optim.SGD(network().parameters()), momentum=1.5)
+
+
 def test_gradients_and_the_state_of_the_inner_optimizer_are_not_touched_by_the_outer_step() -> None:
     worker = Worker(0, rf.optim.diloco, Together(1))
     while not worker.inner_step():

@@ -214,3 +214,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(stop: int) -> None:
     for step in range(stop, 12):
         moved(again, other, drawn(12, 10, seed=step))
     assert torch.equal(again, whole)
+
+
+def test_a_state_of_other_heads_is_refused() -> None:
+    _, saved = one(heads={"q_proj": 3})
+    with pytest.raises(InvalidOption, match="saved with heads 3, and this optimizer has 2"):
+        one(heads={"q_proj": 2})[1].load_state_dict(saved.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from typing import Any
@@ -178,6 +179,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     with pytest.raises(InvalidOption, match="the gradient of w is not finite"):
         optimizer.step()
     assert torch.equal(parameter, before)
+
+
+def test_sparse_gradients_and_changed_shapes_are_refused_before_any_weight_is_rewritten() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(6, 4), "table": nn.Embedding(5, 4, sparse=True)})
+    optimizer = rf.optim.gradnormlorp(model, 0.1, rank=2, plain=())
+    model["table"](torch.tensor([1])).sum().backward()
+    model["first"](torch.ones(1, 6)).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InvalidOption, match=r"table\.weight has a sparse gradient"):
+        optimizer.step()
+    model["table"].weight.grad = torch.ones(5, 4)
+    optimizer.step()
+    after = copy.deepcopy(model.state_dict())
+    model["table"].weight.data = torch.ones(4, 4)
+    model["table"].weight.grad = torch.ones(4, 4)
+    with pytest.raises(InvalidOption, match=r"table\.weight has the shape \(4, 4\), .* made for \(5, 4\)"):
+        optimizer.step()
+    assert not torch.equal(before["first.weight"], after["first.weight"])
+    assert torch.equal(model["first"].weight, after["first.weight"])
 
 
 def test_kernels_of_convolutions_are_rows_however_they_lie_in_memory() -> None:

@@ -147,6 +147,31 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_refused_and_changes_nothin
         rf.optim.muon(layer, momentum=1.0)
 
 
+def test_half_precision_is_rounded_once() -> None:
+    start, gradient = drawn(5, 3).bfloat16(), drawn(5, 3, seed=1).bfloat16()
+    half, full = (nn.Parameter(start.to(dtype)) for dtype in (torch.bfloat16, torch.float32))
+    for parameter in (half, full):
+        optimizer = rf.optim.muon([("w", parameter)], lr=0.02, weight_decay=0.1)
+        parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step()
+    assert torch.equal(half, full.bfloat16())
+
+
+def test_a_weight_whose_shape_has_changed_is_refused_and_nothing_else_moves() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4))
+    optimizer = rf.optim.muon(model, lr=0.1)
+    for size in (4, 5):
+        model[1].weight.data = torch.ones(size, 2)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before = copy.deepcopy(model.state_dict())
+        if size == 4:
+            optimizer.step()
+    with pytest.raises(InvalidOption, match=r"1\.weight has the shape \(5, 2\), .* made for \(4, 2\)"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 # The model ----------------------------------------------------------------------------------------------
 
 

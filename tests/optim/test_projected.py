@@ -83,6 +83,25 @@ def test_until_a_refresh_every_change_lies_in_one_subspace_and_ranks_add_up_over
     assert rank_of(parameter.detach() - start) == 4
 
 
+def test_a_first_gradient_of_zeros_does_not_choose_the_subspace_of_the_interval() -> None:
+    parameter, optimizer = one(inner=SGD, refresh=100)
+    moved(parameter, optimizer, torch.zeros(6, 10))
+    left, values, right = torch.linalg.svd(drawn(6, 10, seed=1))
+    wanted = -0.1 * (left[:, :2] * values[:2]) @ right[:2]
+    torch.testing.assert_close(moved(parameter, optimizer, drawn(6, 10, seed=1)), wanted)
+    assert int(optimizer.state[parameter]["due"]) == 101
+    names, after = [f"w{at}" for at in range(8)], []
+    weights = [nn.Parameter(drawn(6, 10)) for _ in names]
+    spread = ProjectedOptimizer(list(zip(names, weights, strict=True)), rank=2, refresh=100, staggered=True)
+    for step in range(2):
+        for weight in weights:
+            weight.grad = drawn(6, 10, seed=1) * step
+        spread.step()
+        after.append({int(spread.state[weight]["due"]) for weight in weights})
+    assert after[0] == {0}
+    assert len(after[1]) > 1
+
+
 @pytest.mark.parametrize("projector", ["svd", "orthonormal", "dct", "coordinates", "sampled"])
 def test_with_the_full_rank_gradient_descent_is_plain(projector: str) -> None:
     parameter, optimizer = one(rank=6, projector=projector, inner=SGD, refresh=2)
@@ -272,6 +291,18 @@ def test_the_scaled_rest_has_full_rank_and_grows_by_a_limited_factor() -> None:
     assert all(new <= 1.01 * old * (1 + 1e-9) for old, new in itertools.pairwise(sizes))
 
 
+def test_a_gradient_of_zeros_does_not_keep_the_rest_small_for_ever() -> None:
+    parameter, optimizer = one(inner=SGD, residual="scaled")
+    moved(parameter, optimizer, torch.zeros(6, 10))
+    gradient = drawn(6, 10, seed=1)
+    torch.testing.assert_close(moved(parameter, optimizer, gradient), -0.1 * gradient)
+    moved(parameter, optimizer, torch.zeros(6, 10))
+    rest = moved(parameter, optimizer, 100 * gradient)
+    basis = optimizer.state[parameter]["basis.basis"]
+    rest, whole = (each - basis @ (basis.T @ each) for each in (rest, -0.1 * gradient))
+    torch.testing.assert_close(rest, 1.01 * whole)  # it has grown by as much as it may, from the last one
+
+
 def test_the_rest_of_coordinates_is_moved_by_its_sign_alone() -> None:
     parameter, optimizer = one(projector="coordinates", residual="sign", lr=0.5)
     gradient = drawn(6, 10, seed=1)
@@ -435,6 +466,36 @@ def test_stepping_in_backward_is_the_same_and_frees_every_gradient() -> None:
     assert all(p.grad is not None for p in models[1].parameters())
 
 
+def test_steps_in_backward_have_the_rates_of_a_state_that_was_loaded_after() -> None:
+    model = network()
+    optimizer = ProjectedOptimizer(model.named_parameters(), lr=1e-2, rank=3)
+    optimizer.step_in_backward()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = copy.deepcopy(model.state_dict())
+    train(model, optimizer, range(2), layerwise=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_schedule_starts_from_the_rate_that_the_groups_have_then() -> None:
+    _, optimizer = one()
+    optimizer.param_groups[0]["lr"] = 0.7
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.35
+
+
+def test_a_copy_goes_on_like_the_original() -> None:
+    model = network()
+    optimizer = ProjectedOptimizer(model.named_parameters(), lr=1e-2, rank=3, residual="scaled")
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    train(model, optimizer, range(2))
+    both = [(model, optimizer), copy.deepcopy((model, optimizer))]
+    for each in both:
+        train(*each, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m, _ in both), strict=True))
+
+
 @pytest.mark.parametrize("rounding", ["stochastic", "master"])
 def test_small_steps_are_not_lost_in_bfloat16(rounding: str) -> None:
     found = {}
@@ -532,11 +593,40 @@ def test_a_gradient_that_is_not_finite_is_named_and_nothing_changes(projector: s
         ({"rounding": "up"}, "rounding must be one of"),
         ({"lr": -1.0}, "lr must be"),
         ({"refresh": 0}, "refresh must be"),
+        ({"refresh": 2.5}, "refresh must be a whole number, not 2.5"),
+        ({"overlap": 1.5}, r"overlap must be in \(0, 1\], not 1.5"),
+        ({"clip": -1.0}, "clip must be above 0, not -1.0"),
     ],
 )
 def test_what_is_impossible_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises((InvalidOption, InvalidRank), match=message):
         one(**options)
+
+
+def test_a_group_that_is_refused_is_not_added() -> None:
+    _, optimizer = one()
+    with pytest.raises(InvalidRank, match="v: rank 9 is more than its smaller side, 4"):
+        optimizer.add_param_group({"params": [("v", nn.Parameter(torch.ones(4, 5)))], "rank": 9})
+    with pytest.raises(InvalidOption, match="v is complex"):
+        optimizer.add_param_group({"params": [("v", nn.Parameter(torch.ones(4, dtype=torch.complex64)))]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_finite_gradients_whose_norm_is_too_large_for_their_dtype_are_taken() -> None:
+    parameter = nn.Parameter(torch.ones(256, 256, dtype=torch.float16))
+    optimizer = ProjectedOptimizer([parameter], lr=0.5, rank=None)
+    parameter.grad = torch.full_like(parameter, 400.0)
+    assert not parameter.grad.norm().isfinite()
+    optimizer.step()
+    assert torch.equal(parameter, torch.full_like(parameter, 0.5))
+
+
+def test_a_scalar_is_moved_as_it_is() -> None:
+    scalar = nn.Parameter(torch.tensor(1.0))
+    optimizer = ProjectedOptimizer([scalar], lr=0.25, rank=2)
+    scalar.grad = torch.tensor(3.0)
+    optimizer.step()
+    assert float(scalar) == pytest.approx(0.75)
 
 
 def test_sparse_gradients_and_clips_one_by_one_are_refused() -> None:
@@ -655,6 +745,19 @@ def test_weights_take_turns_and_what_waits_keeps_nothing_and_moves_by_signs() ->
         seen.append(active)
     assert seen[0] == seen[2] != seen[3] == seen[5]
     assert sorted(seen[0] + seen[3]) == [0, 1, 2, 3]
+
+
+def test_weights_that_come_later_take_turns_too() -> None:
+    parameters = [nn.Parameter(torch.zeros(4, 6)) for _ in range(4)]
+    optimizer = frugal([("w0", parameters[0]), ("w1", parameters[1])], projector="blocks", density=0.5)
+    later = [("w2", parameters[2]), ("w3", parameters[3])]
+    with pytest.raises(InvalidOption, match="names that differ"):
+        optimizer.add_param_group({"params": [("w1", parameters[2])], "turns": True})
+    optimizer.add_param_group({"params": later, "turns": True})
+    for parameter in parameters:
+        parameter.grad = torch.ones(4, 6)
+    optimizer.step()
+    assert sum("exp_avg" in optimizer.state[parameter] for parameter in parameters) == 2
 
 
 def test_every_turn_begins_with_a_step_of_one_rate() -> None:

@@ -51,6 +51,16 @@ def test_signs_are_plus_and_minus_one_about_equally_often() -> None:
         assert abs((signs[lag:] * signs[:-lag]).double().mean()) < 0.05
 
 
+def test_signs_are_the_last_bit_of_the_finaliser_of_murmurhash() -> None:
+    def finalised(key: int) -> int:
+        for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+            key = (key ^ key >> 33) * factor % 2**64
+        return key ^ key >> 33
+
+    wanted = [1 - 2 * (finalised(g + CHUNKS.seed) % 2) for g in range(500)]
+    assert CHUNKS.signs(torch.arange(500)).tolist() == wanted
+
+
 def test_rows_and_gradients_are_those_of_the_whole_tensor() -> None:
     leaf = weight()
     value, slots = leaf.tensor(), CHUNKS.slots(positions(leaf))

@@ -21,8 +21,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import Incompatible
 from ..layers import StructuredLayer
+from ..linalg.checks import exact_dtype, require_finite
 from ..optim import transform
-from ..weights import Op, Spectral
+from ..weights import Leaf, Op, Spectral
 from .importance import watch_gradients
 from .limits import in_range
 from .processes import average_gradients
@@ -58,10 +59,11 @@ class Galerkin(Dynamics):
                 memory.pop("seen", None)
             memory.setdefault("seen", []).extend((x, gradient.detach()))
 
-        handles = watch_gradients(run, arrived)
+        handles = watch_gradients(run, arrived, lambda path: weights[path].core.trainable)
         for path, weight in weights.items():
-            core = weight.core.tensor()
-            handles.append(core.register_post_accumulate_grad_hook(_completed(run, path, scope)))
+            if weight.core.trainable:
+                core = weight.core.tensor()
+                handles.append(core.register_post_accumulate_grad_hook(_completed(run, path, scope)))
         return handles
 
     def gradients_ready(self, run: Run) -> None:
@@ -70,7 +72,8 @@ class Galerkin(Dynamics):
             memory, core = run.memory(path), weight.core.tensor()
             for name in ("left", "right", "gradient"):  # of a step that failed
                 memory.pop(name, None)
-            if core.grad is None:
+            if core.grad is None or not any(_has_gradient(leaf.tensor()) for leaf in _leaves(weight)):
+                leave_out(weight, memory)
                 continue
             if "seen" not in memory:
                 raise Incompatible(f"{path}: dlrt has to be attached before the forward of the first step")
@@ -83,13 +86,14 @@ class Galerkin(Dynamics):
         for path, weight in moved:
             widen(run, weight, run.adaptation.layers[path].op, run.memory(path))
         step_alone(run.optimizer, [weight.core.tensor() for _, weight in moved])
-        for _, weight in moved:
-            weight.core.tensor().grad = None
+        for path, weight in moved:
+            core = require_finite(weight.core.tensor(), f"{path}: the core")
+            core.grad = None
             self.cut(run, weight)
 
     def cut(self, run: Run, weight: Spectral) -> None:
         """Leave of U S V^T what the tolerance asks for, as its SVD."""
-        left, core, right = (leaf.tensor().detach() for leaf in (weight.left, weight.core, weight.right))
+        left, core, right = (_wide(leaf.tensor().detach()) for leaf in _leaves(weight))
         outer, sizes, inner = torch.linalg.svd(core)
         rank = kept_rank(sizes, self.tau if self.absolute else self.tau * float(sizes.norm()))
         rank = max(min(rank, largest(weight.shape)), min(LEAST, largest(weight.shape)))
@@ -107,8 +111,24 @@ def _completed(run: Run, path: str, scope: str) -> Any:
     return accumulated
 
 
-def _has_gradient(core: Tensor) -> bool:
-    return core.grad is not None and bool(core.grad.any())
+def _has_gradient(parameter: Tensor) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def leave_out(weight: Spectral, memory: dict[str, Any]) -> None:
+    """Let a weight that no gradient has reached stay as it is in this step."""
+    memory.pop("seen", None)
+    for leaf in _leaves(weight):
+        leaf.tensor().grad = None
+
+
+def _leaves(weight: Spectral) -> tuple[Leaf, Leaf, Leaf]:
+    return weight.left, weight.core, weight.right
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is decomposed, in float32 or better."""
+    return tensor.to(exact_dtype(tensor))
 
 
 def spectral_weights(run: Run) -> Iterator[tuple[str, Spectral]]:
@@ -143,8 +163,9 @@ def widen(run: Run, weight: Spectral, op: Op, memory: dict[str, Any]) -> None:
         op: of its layer.
         memory: holds left, right and gradient as they were before, and what was seen.
     """
-    left, right, seen, _ = (memory.pop(name) for name in ("left", "right", "seen", "complete"))
-    core = weight.core.tensor().detach().clone()
+    left, right, seen = _wide(memory.pop("left")), _wide(memory.pop("right")), memory.pop("seen")
+    memory.pop("complete", None)
+    core = _wide(weight.core.tensor().detach()).clone()
     moved_left, moved_right = weight.left.tensor() - left, weight.right.tensor() - right
     wide_left = torch.linalg.qr(torch.cat([left @ core + moved_left, left], 1)).Q
     wide_right = torch.linalg.qr(torch.cat([core @ right + moved_right, right]).T).Q.T
@@ -156,7 +177,7 @@ def widen(run: Run, weight: Spectral, op: Op, memory: dict[str, Any]) -> None:
     follow(run.optimizer, weight.core.tensor(), before=into, after=onto)
     follow(run.optimizer, weight.right.tensor(), before=into)
     weight.resize(wide_left, into @ core @ onto, wide_right)
-    weight.core.tensor().grad = gradient
+    weight.core.tensor().grad = gradient.to(weight.core.tensor().dtype)
 
 
 def core_gradient(pairs: list[tuple[Tensor, Tensor]], left: Tensor, right: Tensor, op: Op) -> Tensor:
@@ -190,8 +211,9 @@ def follow(
     drop_strange(optimizer, parameter)
 
     def turned(moment: Tensor, power: int = 1) -> Tensor:
-        moment = moment if before is None else before**power @ moment
-        return moment if after is None else moment @ after**power
+        wide = _wide(moment)
+        wide = wide if before is None else before**power @ wide
+        return (wide if after is None else wide @ after**power).to(moment.dtype)
 
     transform(optimizer, parameter, turned, lambda moment: turned(moment, 2))
 

@@ -48,7 +48,7 @@ def train_hypernetwork(
         networks: sampled in one step.
         lr: the largest learning rate.
         weight_decay: of AdamW.
-        clip: largest norm of the predictor's gradient.
+        clip: largest norm of the predictor's gradient; infinity leaves it as it is.
         warmup: share of the steps in which the rate climbs, in [0, 1).
         seed: of the sampling.
 
@@ -60,6 +60,9 @@ def train_hypernetwork(
     """
     in_range("train_hypernetwork", "[1, inf)", steps=steps, networks=networks)
     in_range("train_hypernetwork", "[0, 1)", warmup=warmup)
+    in_range("train_hypernetwork", "(0, inf)", lr=lr)
+    in_range("train_hypernetwork", "(0, inf]", clip=clip)
+    in_range("train_hypernetwork", "[0, inf)", weight_decay=weight_decay)
     known = list(batches)
     if not known:
         raise InvalidOption("train_hypernetwork needs at least one batch")

@@ -54,7 +54,7 @@ def matryoshka_loss(
         loss: of one output and the target.
 
     Raises:
-        InvalidOption: there are not as many weights as outputs.
+        InvalidOption: there are not as many weights as outputs, or no output.
     """
     return _weighted([loss(output, target) for output in outputs], weights)
 
@@ -94,6 +94,8 @@ def prefix(embedding: Tensor, length: int, *, normalise: bool = True) -> Tensor:
 
 
 def _weighted(losses: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
+    if not losses:
+        raise InvalidOption("matryoshka: a loss needs at least one prefix")
     shares = [1.0] * len(losses) if weights is None else list(weights)
     if len(shares) != len(losses):
         raise InvalidOption(f"matryoshka: {len(losses)} prefixes need as many weights, not {len(shares)}")

@@ -51,7 +51,7 @@ def graph_of(network: nn.Module) -> Graph:
     Parameters that the network reads by themselves, such as positional encodings, are no nodes.
 
     Raises:
-        InvalidOption: the network's forward cannot be traced symbolically.
+        InvalidOption: the network's forward cannot be traced symbolically, or calls no layer with parameters.
 
     Example:
         >>> graph = graph_of(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2, bias=False)))
@@ -73,6 +73,10 @@ def graph_of(network: nn.Module) -> Graph:
         edges += [(i, i + 1) for i in range(first, first + len(made) - 1)]
         edges += [(last[source], first) for source in step.all_input_nodes]
         last[step] = len(nodes) - 1
+    if not any(node.name for node in nodes):
+        raise InvalidOption(
+            f"the graph of {type(network).__name__} holds no parameter: its forward calls no layer with one"
+        )
     return Graph(tuple(nodes), _distances(len(nodes), edges))
 
 

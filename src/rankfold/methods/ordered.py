@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import Incompatible, InvalidOption, NotAdapted
@@ -50,13 +51,19 @@ class OrderedDropout(Dynamics):
         in_range("maestro", "[1, inf)", interval=self.interval)
 
     def watch(self, run: Run) -> Sequence[RemovableHandle]:
-        """Cut a weight for the step to come."""
+        """Cut a weight for the step to come, again where the optimizer loads another step."""
+        scope = run.scope
+
+        def loaded(optimizer: Optimizer) -> None:
+            run.enter(scope)
+            cut_one(run)
+
         cut_one(run)
-        return ()
+        return [run.optimizer.register_load_state_dict_post_hook(loaded)]
 
     def gradients_ready(self, run: Run) -> None:
         """Add the gradient of the penalty."""
-        for weight in ordered_weights(run).values():
+        for weight in trained_weights(run):
             for tensor, axis in factors(weight):
                 if tensor.grad is not None and self.penalty:
                     tensor.grad.add_(self.penalty * lasso_gradient(tensor, axis))
@@ -64,7 +71,7 @@ class OrderedDropout(Dynamics):
     def stepped(self, run: Run) -> None:
         """Drop the terms that have vanished, and cut a weight for the next step."""
         if run.step % self.interval == 0:
-            for weight in ordered_weights(run).values():
+            for weight in trained_weights(run):
                 self.shrink(run, weight)
         cut_one(run)
 
@@ -84,16 +91,27 @@ class OrderedDropout(Dynamics):
 
 def cut_one(run: Run) -> None:
     """Cut one weight to its first b terms, (weight, b) drawn uniformly for this step."""
-    weights = list(ordered_weights(run).values())
-    place = int(torch.randint(sum(w.width for w in weights), (1,), generator=run.generator("cut")))
-    for weight in weights:
-        weight.cut(place + 1 if 0 <= place < weight.width else None)
-        place -= weight.width
+    widths = [weight.width for weight in trained_weights(run)]
+    place = int(torch.randint(max(1, sum(widths)), (1,), generator=run.generator("cut")))
+    for weight in ordered_weights(run).values():
+        width = weight.width if is_trained(weight) else 0
+        weight.cut(place + 1 if 0 <= place < width else None)
+        place -= width
 
 
 def ordered_weights(run: Run) -> dict[str, Ordered]:
     """Return the weights by path."""
     return {path: w for path, w in run.expressions.items() if isinstance(w, Ordered)}
+
+
+def trained_weights(run: Run) -> list[Ordered]:
+    """Return the weights that nobody has frozen."""
+    return [weight for weight in ordered_weights(run).values() if is_trained(weight)]
+
+
+def is_trained(weight: Ordered) -> bool:
+    """Say whether gradients reach a weight."""
+    return all(tensor.requires_grad for tensor, _ in factors(weight))
 
 
 def factors(weight: Ordered) -> list[tuple[Tensor, int]]:

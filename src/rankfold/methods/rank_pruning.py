@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..linalg import polar_factor, truncated_svd
+from ..linalg.checks import exact_dtype
 from ..weights import Dense, Factoring
 from .rules import Dynamics
 from .run import Run
@@ -36,7 +37,7 @@ class TrainedRankPruning(Dynamics):
             return
         for path, part, weight in _dense(run):
             direction = run.memory(path).pop("subgradient", None)
-            direction = polar_factor(part.seen(weight)) if direction is None else direction
+            direction = polar_factor(_seen(part, weight)) if direction is None else direction
             if weight.grad is not None:
                 weight.grad += self.nuclear * part.unseen(direction)
 
@@ -45,7 +46,7 @@ class TrainedRankPruning(Dynamics):
         if self.energy == 1 or run.step % self.interval or run.step == run.total_steps:
             return
         for path, part, weight in _dense(run):
-            left, values, right = cut(part.seen(weight), self.energy)
+            left, values, right = cut(_seen(part, weight), self.energy)
             weight.copy_(part.unseen(left * values @ right))
             if self.nuclear:
                 run.memory(path)["subgradient"] = left @ right
@@ -55,18 +56,24 @@ class TrainedRankPruning(Dynamics):
         if self.threshold is None or run.step < (run.total_steps or 0):
             return
         for _, part, weight in list(_dense(run)):
-            matrix = part.seen(weight)
+            matrix = _seen(part, weight)
             left, values, right = truncated_svd(matrix, min(matrix.shape))
             rank = max(1, int((values > self.threshold).sum()))
             root = values[:rank].sqrt()
-            part.split(left[:, :rank] * root, root[:, None] * right[:rank])
+            factors = left[:, :rank] * root, root[:, None] * right[:rank]
+            part.split(*(factor.to(weight.dtype) for factor in factors))
             take_place(run, [weight], parameters_of(part))
 
 
 def _dense(run: Run) -> Iterator[tuple[str, Factoring, Tensor]]:
     for path, part in staged(run, Factoring).items():
-        if isinstance(part.now, Dense):
+        if isinstance(part.now, Dense) and part.now.trainable:
             yield path, part, part.now.value
+
+
+def _seen(part: Factoring, weight: Tensor) -> Tensor:
+    """Return the matrix that is decomposed, in float32 or better."""
+    return part.seen(weight).to(exact_dtype(weight))
 
 
 def cut(matrix: Tensor, energy: float) -> tuple[Tensor, Tensor, Tensor]:

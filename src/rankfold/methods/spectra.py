@@ -7,6 +7,7 @@ Zhao et al. 2024. All singular values train, and r pairs of vectors, drawn again
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..linalg import truncated_svd
+from ..linalg.checks import exact_dtype, require_finite
 from ..optim import reset
 from ..optim import resize as resize_state
 from ..weights import Sliced, Spectral, Sum, Weight
@@ -42,15 +44,13 @@ class SpectralSampling(Dynamics):
         """Remember where vectors stand whose rate is climbing."""
         share = (run.step % self.interval + 1) / max(1, self.warmup)
         if share < 1:
-            for path, weight in run.expressions.items():
-                active = spectra(weight)[0]
+            for path, active, _ in trained_spectra(run):
                 before = {"left": active.left.tensor().clone(), "right": active.right.tensor().clone()}
                 run.memory(path).update(share=share, **before)
 
     def stepped(self, run: Run) -> None:
         """Shorten, clamp and normalise; draw other pairs, from a new SVD after a round."""
-        for path, weight in run.expressions.items():
-            active, rest = spectra(weight)
+        for path, active, rest in trained_spectra(run):
             memory, share = run.memory(path), run.memory(path).pop("share", 1.0)
             for name, leaf, axis in (("left", active.left, 0), ("right", active.right, 1)):
                 vectors = leaf.tensor()
@@ -60,8 +60,16 @@ class SpectralSampling(Dynamics):
             _values(active).clamp_(min=0)
             done, left_over = divmod(run.step, self.interval)
             if not left_over:
-                rounded = done % -(-min(weight.shape) // active.left.shape[1]) == 0
+                rounded = done % -(-min(active.shape) // active.left.shape[1]) == 0
                 _draw_again(run, path, active, rest, decompose=rounded)
+
+
+def trained_spectra(run: Run) -> Iterator[tuple[str, Spectral, Spectral]]:
+    """Yield the path and both parts of every weight that nobody has frozen."""
+    for path, weight in run.expressions.items():
+        active, rest = spectra(weight)
+        if active.left.trainable:
+            yield path, active, rest
 
 
 def spectra(weight: Weight) -> tuple[Spectral, Spectral]:
@@ -81,14 +89,15 @@ def _values(active: Spectral) -> Tensor:
 
 def _draw_again(run: Run, path: str, active: Spectral, rest: Spectral, *, decompose: bool) -> None:
     """Let other pairs train; W stays what it is."""
-    values = _values(active)
+    values = require_finite(_values(active), f"{path}: the vector of singular values")
     left = torch.cat([active.left.tensor(), rest.left.tensor()], 1)
     right = torch.cat([active.right.tensor(), rest.right.tensor()])
     follow = torch.arange(len(values), device=values.device)
     now = values.clone()
     if decompose:
         follow = values.argsort(descending=True, stable=True)
-        left, now, right = truncated_svd(left * now @ right, len(values))
+        wide = exact_dtype(values)
+        left, now, right = truncated_svd(left.to(wide) * now @ right.to(wide), len(values))
     order = drawn_first(now, active.left.shape[1], run.generator(path))
     resize_state(run.optimizer, values, 0, follow[order])
     values.copy_(now[order])

@@ -157,7 +157,8 @@ def intrinsic_dimension_of(
         seeds: one run each; not empty.
 
     Raises:
-        InvalidOption: there is nothing to sweep over, or the share is impossible.
+        InvalidOption: there is nothing to sweep over, the share is impossible, or a score of the whole model,
+            of which a share is taken, is not positive, such as a negated loss.
 
     Example:
         >>> def train(dimension, seed):
@@ -169,6 +170,8 @@ def intrinsic_dimension_of(
     if not dimensions or not seeds or min(dimensions) < 1:
         raise InvalidOption("intrinsic_dimension_of needs dimensions of at least 1 and at least one seed")
     full = {seed: train(None, seed) for seed in seeds}
+    if not min(full.values()) > 0:
+        raise InvalidOption(f"intrinsic_dimension_of needs positive scores, such as accuracies, not {full}")
     scores = {seed: _upwards(train, dimensions, seed, share * full[seed]) for seed in seeds}
     reached = {seed: _first(found, share * full[seed]) for seed, found in scores.items()}
     return IntrinsicDimension(share, full, scores, reached)

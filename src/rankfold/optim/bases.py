@@ -47,6 +47,8 @@ def refresh(
     keep_basis(state, new)
     state.pop("support", None)
     _schedule(work, state, turn, staggered)
+    if not old and not bool(gradient.any()):  # as behind a head of zeros: it tells no directions
+        state["due"].zero_()
 
 
 def generator_of(work: Work, state: State) -> torch.Generator:
@@ -63,7 +65,7 @@ def _schedule(work: Work, state: State, turn: Tensor | None, staggered: bool) ->
         gap = min(2 * gap, _MOST * group["refresh"]) if same else group["refresh"]
     if group["overlap"] is not None:
         state["gap"] = torch.tensor(gap)
-    first = "due" not in state and staggered
+    first = not int(state.get("due", 0)) and staggered
     shift = hashed(work.name) % group["refresh"] if first else 0
     state["due"] = torch.tensor(int(state["step"]) + (shift or gap))
 

@@ -24,30 +24,36 @@ class BlockOptimizer(ProjectedOptimizer):
     Args:
         params: groups; those with `turns=True` take turns.
         lr: learning rate.
-        density: share of their weights that have moments at a time, in (0, 1].
+        density: share of their weights that have moments at a time, in [0, 1].
         sign: lambda, what signs are multiplied by.
         options: further ones of `ProjectedOptimizer`.
     """
 
     def __init__(self, params: Any, lr: float, *, density: float, sign: float, **options: Any) -> None:
         self.density, self.sign = density, sign
+        self.names: list[str] = []  # of weights that take turns
         super().__init__(params, lr, rank=None, **options)
-        pairs = [(group, named(at, group)) for at, group in enumerate(self.param_groups)]
-        self._names = [name for group, each in pairs if group.get("turns") for name, _ in each]
-        if len(set(self._names)) < len(self._names):
+
+    def _admit(self, index: int, group: dict[str, Any]) -> None:
+        super()._admit(index, group)
+        names = self.names + [name for name, _ in named(index, group) if group.get("turns")]
+        if len(set(names)) < len(names):
             raise InvalidOption("weights that take turns need names that differ")
+        self.names = names
 
     def _parts(self) -> str:
         return f"{super()._parts()}, density={self.density}, sign={self.sign}"
 
     def has_turn(self, name: str, step: int, refresh: int) -> bool:
         """Tell whether a weight has moments in a step, counted from 0."""
-        count = max(1, round(self.density * len(self._names)))
-        turns = -(-len(self._names) // count)
+        if not self.density:
+            return False
+        count = max(1, round(self.density * len(self.names)))
+        turns = -(-len(self.names) // count)
         round_, turn = divmod(step // refresh, turns)
         drawn = torch.Generator().manual_seed(hashed(self.seed, "turns", round_))
-        order = torch.randperm(len(self._names), generator=drawn).tolist()
-        return order.index(self._names.index(name)) // count == turn
+        order = torch.randperm(len(self.names), generator=drawn).tolist()
+        return order.index(self.names.index(name)) // count == turn
 
     def _move(self, work: Work, layout: Layout, low: Tensor | None, factor: Tensor | None) -> None:
         if not work.group.get("turns"):

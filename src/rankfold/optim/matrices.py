@@ -47,8 +47,9 @@ def is_projected(group: dict[str, Any], parameter: Tensor) -> bool:
 
 
 def matrix_shape(parameter: Tensor) -> tuple[int, int]:
-    """Return (out, in * window)."""
-    return parameter.shape[0], parameter.numel() // max(1, parameter.shape[0])
+    """Return (out, in * window); a vector is one column."""
+    rows = len(parameter) if parameter.dim() else 1
+    return rows, parameter.numel() // max(1, rows)
 
 
 def is_left(group: dict[str, Any], shape: tuple[int, int]) -> bool:

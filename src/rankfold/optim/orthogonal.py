@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from ..errors import InvalidOption
 from .inner import Adam
-from .matrices import Work, floating, named
-from .refusals import require_gradients
+from .matrices import Work, floating, matrix_shape, named
+from .refusals import require_gradients, require_shape
 from .rounding import HALF
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -63,7 +63,8 @@ class Muon(Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Raises:
-            InvalidOption: a gradient is sparse or not finite; nothing has been changed.
+            InvalidOption: a gradient is sparse or not finite, or a weight has another shape than its state;
+                nothing has been changed.
         """
         loss = None
         if closure is not None:
@@ -75,6 +76,9 @@ class Muon(Optimizer):
             for name, parameter in named(index, group)
             if parameter.grad is not None
         ]
+        for each in work:
+            for moment in self._moments(each.parameter):
+                require_shape(each, moment.shape)
         require_gradients([replace(each, gradient=_local(each.gradient)) for each in work])
         for each in work:
             self._move(each.group, each.parameter, floating(each.gradient))
@@ -86,13 +90,19 @@ class Muon(Optimizer):
             momentum = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
             momentum.mul_(group["momentum"]).add_(gradient)
             direction = _orthogonal(gradient + group["momentum"] * momentum, group["iterations"])
-            factor = 0.2 * max(_shape(parameter)) ** 0.5
+            factor = 0.2 * max(matrix_shape(parameter)) ** 0.5
         else:
             step = state.setdefault("step", torch.zeros((), dtype=torch.int64)).add_(1)
             inner = Adam(group["betas"], group["eps"] * (1 - group["betas"][1] ** int(step)) ** 0.5)
             direction, factor = inner.direction(gradient, state, int(step))
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.sub_(direction.to(parameter.dtype), alpha=group["lr"] * factor)
+        base = floating(parameter)  # half precision is rounded once, or the decay would be lost
+        base.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"] * factor)
+        if base is not parameter:
+            parameter.copy_(base)
+
+    def _moments(self, parameter: Tensor) -> list[Tensor]:
+        state = self.state.get(parameter, {})
+        return [state[name] for name in ("momentum_buffer", "exp_avg", "exp_avg_sq") if name in state]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; moments keep their own precision, whatever that of the weights.
@@ -150,9 +160,3 @@ def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
         gram = flat @ flat.T
         flat = torch.addmm(flat, torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic), flat, beta=linear)
     return (flat.T if is_tall else flat).reshape(matrix.shape)
-
-
-def _shape(value: Tensor) -> tuple[int, int]:
-    """Return the shape of a tensor as a matrix; a vector is one column."""
-    rows = len(value) if value.dim() else 1
-    return rows, value.numel() // max(1, rows)

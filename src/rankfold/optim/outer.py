@@ -239,8 +239,10 @@ class OuterOptimizer:
         self.inner.load_state_dict(state["inner"])
         self.outer.load_state_dict(state["outer"])
         self.steps = state["steps"]
-        means = _copies(state["means"])
-        self._start, self._last = _copies(state["start"]), _copies(state["last"])
+        means, self._start, self._last = (
+            [value.to(p) for value, p in zip(_copies(state[key]), self.parameters, strict=False)]
+            for key in ("means", "start", "last")
+        )
         self._pending = lambda: means
 
     def _fixed(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import InvalidOption
+from ..errors import InvalidOption, RankfoldError
 from .bases import is_due, refresh
 from .inner import INNERS, Inner
 from .matrices import Layout, State, Work, basis_of, keep_basis, layout_of, named
@@ -60,7 +60,7 @@ class ProjectedOptimizer(Optimizer):
         overlap: where a new basis shares at least this much with the last one, in (0, 1], the interval
             doubles, up to 16 times; None keeps it.
         staggered: spread the refreshes of the parameters over the interval, so that no step pays for all.
-        clip: largest norm of all projected gradients together, or None.
+        clip: largest norm of all projected gradients together, above 0, or None.
         rounding: of weights in half precision: nearest, stochastic, or master (a float32 copy in the state).
         seed: of random bases, with the parameter's name.
 
@@ -104,6 +104,8 @@ class ProjectedOptimizer(Optimizer):
             self.inner = self.inner()
         self.residual: Residual = chosen("residual", RESIDUALS, residual)
         self.clip, self.seed, self.staggered = clip, seed, staggered
+        if clip is not None and not clip > 0:
+            raise InvalidOption(f"clip must be above 0, not {clip!r}")
         defaults = {
             "lr": lr, "rank": rank, "refresh": refresh, "side": side, "scale": scale, "transport": transport,
             "weight_decay": weight_decay, "overlap": overlap, "rounding": rounding, "parts": "",
@@ -111,12 +113,19 @@ class ProjectedOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, and refuse what its weights cannot hold."""
+        """Add a group, or nothing where its weights cannot hold what is asked."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        group.setdefault("initial_lr", group["lr"])
+        try:
+            self._admit(len(self.param_groups) - 1, self.param_groups[-1])
+        except RankfoldError:
+            self.param_groups.pop()
+            raise
+
+    def _admit(self, index: int, group: dict[str, Any]) -> None:
+        """Refuse what a new group's weights cannot hold."""
+        group.setdefault("first_lr", group["lr"])
         require_options(group)
-        for name, parameter in named(len(self.param_groups) - 1, group):
+        for name, parameter in named(index, group):
             require_weight(group, name, parameter)
 
     # The step --------------------------------------------------------------------------------------------
@@ -245,7 +254,7 @@ class ProjectedOptimizer(Optimizer):
             self.projector.add_up(target, split.inner, split.kept, -group["lr"] * factor)
         else:
             self.projector.add_up(target, more.add_(split.inner, alpha=factor), split.kept, -group["lr"])
-        share = group["lr"] / (group["initial_lr"] or 1.0)
+        share = min(1.0, group["lr"] / (group["first_lr"] or 1.0))
         self.projector.stepped(split.gradient, split.low, split.kept, share)
 
     def _subtract(self, work: Work, direction: Tensor) -> None:
@@ -263,6 +272,8 @@ class ProjectedOptimizer(Optimizer):
         So one gradient is alive at a time. Gradients cannot be accumulated or clipped together then, and
         `step()` has nothing left to do. Where FSDP2 reduces gradients, they are the reduced ones;
         `DistributedDataParallel` averages them later, so with it, step as usual.
+        A weight that segments of reentrant checkpointing share would step once for each of them: give
+        `use_reentrant=False`.
 
         Returns:
             A handle; `.remove()` ends it.
@@ -278,17 +289,23 @@ class ProjectedOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             for name, parameter in named(index, group):
                 if parameter.requires_grad:
-                    handles.add(parameter.register_post_accumulate_grad_hook(self._hook(group, name)))
+                    handles.add(parameter.register_post_accumulate_grad_hook(self._hook(index, name)))
         return handles  # type: ignore[return-value]
 
-    def _hook(self, group: dict[str, Any], name: str) -> Callable[[Tensor], None]:
+    def _hook(self, index: int, name: str) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def stepped(parameter: Tensor) -> None:
             assert parameter.grad is not None
+            group = self.param_groups[index]  # as it is now: loading a state replaces groups
             self._step([Work(group, name, parameter, parameter.grad, self.seed)])
             parameter.grad = None
 
         return stepped
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies need, the parts too; not the step, which schedules wrap."""
+        own = {key: value for key, value in vars(self).items() if not key.startswith("_") and key != "step"}
+        return {**super().__getstate__(), **own}
 
     def _parts(self) -> str:
         """Return what the state is only right with, as text."""

@@ -115,7 +115,7 @@ class Sampled(Projector):
 
     def fit(self, gradient: Tensor, rank: int, kept: Kept, generator: torch.Generator) -> Kept:
         """Return the basis (d, r)."""
-        left, values, _ = torch.linalg.svd(gradient, full_matrices=False)
+        left, values, _ = truncated_svd(gradient, min(gradient.shape))
         weights = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
         floor = torch.finfo(torch.float32).eps  # so that there are enough of them to draw from
         drawn = torch.multinomial(weights.cpu().clamp_min(floor), rank, generator=generator)

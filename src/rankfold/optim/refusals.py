@@ -19,7 +19,7 @@ from .rounding import ROUNDINGS, require_roundable
 
 SIDES = ("auto", "reverse", "left", "right")
 # What a state is only right with; rates, which schedules change, are not among them.
-_FIXED = ("rank", "side", "refresh", "transport", "overlap", "rounding", "scale", "parts")
+_FIXED = ("rank", "side", "refresh", "transport", "overlap", "rounding", "scale", "parts", "heads", "turns")
 
 
 def chosen(what: str, known: dict[str, Any], wanted: Any) -> Any:
@@ -37,14 +37,20 @@ def require_options(group: dict[str, Any]) -> None:
     for key, choices in (("side", SIDES), ("transport", TRANSPORTS), ("rounding", ROUNDINGS)):
         if group[key] not in choices:
             raise InvalidOption(f"{key} must be one of {', '.join(choices)}, not {group[key]!r}")
-    for key, least in (("lr", 0.0), ("weight_decay", 0.0), ("refresh", 1), ("rank", 1), ("overlap", 0.0)):
+    for key, least in (("lr", 0.0), ("weight_decay", 0.0), ("refresh", 1), ("rank", 1)):
         value = group[key]
         if value is not None and not least <= value < math.inf:
             raise InvalidOption(f"{key} must be a finite number of at least {least:g}, not {value!r}")
+        if value is not None and least == 1 and value != int(value):
+            raise InvalidOption(f"{key} must be a whole number, not {value!r}")
+    if group["overlap"] is not None and not 0 < group["overlap"] <= 1:
+        raise InvalidOption(f"overlap must be in (0, 1], not {group['overlap']!r}")
 
 
 def require_weight(group: dict[str, Any], name: str, parameter: Parameter) -> None:
-    """Refuse a weight that cannot hold the rank, or is not rounded as it is meant to be."""
+    """Refuse a weight that cannot hold the rank, is complex, or is not rounded as it is meant to be."""
+    if parameter.is_complex():
+        raise InvalidOption(f"{name} is complex, and only real weights are projected and rounded")
     if group["rounding"] == "stochastic" and parameter.dtype == torch.float16:
         require_roundable(parameter.dtype)
     if not is_projected(group, parameter):
@@ -57,18 +63,24 @@ def require_weight(group: dict[str, Any], name: str, parameter: Parameter) -> No
 def require_fitting(work: Work, inner: Inner, low: Sequence[int], state: State) -> None:
     """Refuse a gradient that is sparse, and a weight whose state was made for another shape, rank or side."""
     _require_dense(work)
-    shape, made = tuple(work.parameter.shape), state.get("shape")
-    if made is not None and tuple(made.tolist()) != shape:
-        raise InvalidOption(
-            f"{work.name} has the shape {shape}, and its state was made for {tuple(made.tolist())}: "
-            "give it to a new optimizer"
-        )
+    if "shape" in state:
+        require_shape(work, state["shape"].tolist())
     for name in inner.first + inner.second:
         if name in state and tuple(state[name].shape) != tuple(low):
             raise InvalidOption(
                 f"{work.name} has moments of shape {tuple(state[name].shape)} where {tuple(low)} is needed: "
                 "the rank or the side has changed; give it to a new optimizer"
             )
+
+
+def require_shape(work: Work, made: Sequence[int]) -> None:
+    """Refuse a weight that has another shape than the one its state was made for."""
+    shape = tuple(work.parameter.shape)
+    if tuple(made) != shape:
+        raise InvalidOption(
+            f"{work.name} has the shape {shape}, and its state was made for {tuple(made)}: "
+            "give it to a new optimizer"
+        )
 
 
 def require_gradients(work: Sequence[Work]) -> None:
@@ -94,6 +106,8 @@ def require_finite(work: Sequence[Work], seen: Sequence[Tensor]) -> None:
         return
     norms = torch._foreach_norm(list(seen))
     wrong = torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().logical_not().float()
+    for at in wrong.nonzero().flatten().tolist():  # the norm of finite entries may be too large for its dtype
+        wrong[at] = float(not seen[at].isfinite().all())
     meshes = {each.parameter.device_mesh for each in work if hasattr(each.parameter, "device_mesh")}
     for mesh in sorted(meshes, key=str):
         for axis in range(mesh.ndim):
@@ -109,10 +123,11 @@ def require_same(saved: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]])
     """Refuse a state that was saved by an optimizer with other parts or other fixed options."""
     for number, (theirs, ours) in enumerate(zip(saved, own, strict=False)):
         for key in _FIXED:
-            if key in theirs and theirs[key] != ours[key]:
+            saved_one, own_one = theirs.get(key), ours.get(key)
+            if saved_one != own_one:
                 raise InvalidOption(
-                    f"group {number} of the state was saved with {key} {theirs[key]!r}, and this optimizer "
-                    f"has {ours[key]!r}: make it as it was, or begin without the state"
+                    f"group {number} of the state was saved with {key} {saved_one!r}, and this optimizer "
+                    f"has {own_one!r}: make it as it was, or begin without the state"
                 )
 
 

@@ -99,10 +99,10 @@ class Scaled(Residual):
 
     def _limited(self, size: Tensor, state: State) -> Tensor:
         """Return what S of this norm is multiplied by, and remember the norm that is left."""
-        last, share = state.get("rest_norm"), torch.ones_like(size)
-        if last is not None:
-            share = (self.growth * last / (size + _SMALL)).clamp_max(1.0)
-        state["rest_norm"] = (share * size).clamp_min(_SMALL)
+        last = state.get("rest_norm", torch.full_like(size, torch.inf))
+        share = (self.growth * last / (size + _SMALL)).clamp_max(1.0)
+        # A gradient of zeros has no norm to grow from: from nothing, a rest would need thousands of steps.
+        state["rest_norm"] = torch.where(size > 0, (share * size).clamp_min(_SMALL), last)
         return share
 
 

@@ -20,6 +20,7 @@ from .weight import Leaf
 
 PRIME = 2038074743
 _MIX = (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64)
+_UPPER = 2**31 - 1  # what a shift by 33 leaves of 64 bits, the sign being one of them
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class CyclicChunks:
         """Return +1 or -1 for positions of any shape; products wrap around, alike on every device."""
         mixed = positions + self.seed
         for factor in _MIX:
-            mixed = (mixed ^ (mixed >> 33)) * factor
-        return 1 - 2 * ((mixed ^ (mixed >> 33)) % 2)
+            mixed = (mixed ^ (mixed >> 33 & _UPPER)) * factor
+        return 1 - 2 * ((mixed ^ (mixed >> 33)) & 1)
 
 
 class _Read(torch.autograd.Function):

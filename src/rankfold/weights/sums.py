@@ -180,10 +180,10 @@ class Sum(Composite[Split]):
         applied: every term by itself. matrix: the whole matrix, whose gradient is one wide product. formed:
         the whole matrix for output and input, and every term applied for its own gradients.
         """
-        if autocast_dtype(x) not in (torch.float32, torch.float64):
-            return "applied"
         if split.base is None:
             return self._order_without_base(split, x, op)
+        if autocast_dtype(x) not in (torch.float32, torch.float64):
+            return "applied"  # added up in half precision, the weight would round a small change away
         training, size = torch.is_grad_enabled(), math.prod(self.shape)
         pair = _numbers(split.trained) if training else 0
         if (not split.others and 2 * pair <= size) or not all(map(term_is_dense, split.others)):

@@ -11,7 +11,8 @@ would move it. Start: as the structure's.
 
 With `stochastic` a step uses S alone, with weight 1, unless a number drawn from U(0, 1) is below alpha_t: a
 quarter of the guide's work is left, and the output is alpha^2 W x + (1 - alpha^2) S(x) on average. One number
-is drawn for all weights of a step; in evaluation the mixture is applied.
+is drawn for all weights of a step; in evaluation the mixture is applied. DistributedDataParallel needs
+`find_unused_parameters=True`, because guides are left out and let go.
 
 Deviation: the official code starts the guide of block-shuffle from its two factors multiplied without the
 shuffle between them, which is another map; here W = S.

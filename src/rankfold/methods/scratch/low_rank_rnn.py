@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...catalogue import not_base, register
-from ...errors import InvalidRank, UnsupportedLayer
+from ...errors import InvalidOption, InvalidRank, UnsupportedLayer
 from ...linalg import truncated_svd
 from ..limits import in_range
 from ..site import derived_seed
@@ -59,6 +59,7 @@ def low_rank_recurrent_(target: Target, rank: int, *, gain: float | None = 1.25,
     Raises:
         UnsupportedLayer: the model has no recurrent weight.
         InvalidRank: a weight cannot have the rank; none is changed then.
+        InvalidOption: the gain is impossible, or a tensor is no matrix.
 
     Example:
         >>> import torch
@@ -67,16 +68,11 @@ def low_rank_recurrent_(target: Target, rank: int, *, gain: float | None = 1.25,
         [2, 2, 2]
     """
     in_range("low-rank-rnn", "(0, inf)", gain=gain)
-    weights = {"": target} if isinstance(target, Tensor) else dict(_recurrent(target))
-    if not weights:
+    blocks = dict(_blocks(target))
+    if not blocks:
         raise UnsupportedLayer(f"{type(target).__name__} has no recurrent weight, named weight_hh...")
-    blocks = {
-        f"{name}[{i}]": block
-        for name, w in weights.items()
-        for i, block in enumerate(_blocks(target, name, w))
-    }
     for name, block in blocks.items():
-        if not 1 <= rank <= min(block.shape):
+        if type(rank) is not int or not 1 <= rank <= min(block.shape):
             raise InvalidRank(f"{name}: rank {rank} is not in 1..min(out, in) = {min(block.shape)}")
     for name, block in blocks.items():
         block.copy_(with_rank(block if gain is None else _normal(name, block, gain, seed), rank))
@@ -92,7 +88,7 @@ def with_rank(matrix: Tensor, rank: int) -> Tensor:
     """
     wide = matrix if matrix.dtype == torch.float64 else matrix.float()
     left, values, right = truncated_svd(wide, rank)
-    scale = torch.linalg.vector_norm(wide) / torch.linalg.vector_norm(values)
+    scale = wide.norm() / values.norm().clamp(min=torch.finfo(wide.dtype).tiny)  # zeros stay zeros
     found: Tensor = (left * (scale * values)) @ right
     return found.to(matrix.dtype)
 
@@ -104,17 +100,16 @@ def _normal(name: str, like: Tensor, gain: float, seed: int) -> Tensor:
     return drawn.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
-def _recurrent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the recurrent weights by name."""
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2].startswith("weight_hh") and parameter.dim() == 2:
-            yield name, parameter
-
-
-def _blocks(target: nn.Module | Tensor, name: str, weight: Tensor) -> list[Tensor]:
-    """Return the matrix of every gate of a cell, or the one matrix there is, as views."""
+def _blocks(target: nn.Module | Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the matrix of every gate of every recurrent weight, or the one matrix there is, as views."""
     if isinstance(target, Tensor):
-        return [weight]
-    owner = target.get_submodule(name.rpartition(".")[0])
-    hidden = getattr(owner, "hidden_size", weight.shape[1])
-    return list(weight.split(hidden if isinstance(hidden, int) else weight.shape[1]))
+        if target.dim() != 2 or not target.is_floating_point():
+            raise InvalidOption(f"low-rank-rnn starts real matrices, not {target.dtype} {list(target.shape)}")
+        yield "[0]", target
+        return
+    for name, weight in target.named_parameters():
+        owner, _, own = name.rpartition(".")
+        if own.startswith("weight_hh") and weight.dim() == 2:
+            hidden = getattr(target.get_submodule(owner), "hidden_size", None)
+            gates = weight.split(hidden if isinstance(hidden, int) else weight.shape[1])
+            yield from ((f"{name}[{i}]", gate) for i, gate in enumerate(gates))

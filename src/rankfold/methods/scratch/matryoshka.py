@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...catalogue import not_base, register
+from ...errors import InvalidOption
 from ..nested import checked_nesting, nested_sizes
 
 
@@ -76,11 +77,23 @@ class MatryoshkaHead(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(size, classes, bias=bias) for size in sizes)
 
     def forward(self, embedding: Tensor) -> list[Tensor]:
-        """Return the logits of every prefix, (..., C) each, of an embedding (..., d)."""
-        heads = list(self.heads) * (len(self.nesting) // len(self.heads))
-        return [_logits(embedding[..., :m], head) for head, m in zip(heads, self.nesting, strict=True)]
+        """Return the logits of every prefix, (..., C) each, of an embedding (..., d).
+
+        Raises:
+            InvalidOption: the embedding is not d wide.
+        """
+        width = self.nesting[-1]
+        if embedding.shape[-1] != width:
+            raise InvalidOption(f"matryoshka: the embedding must be {width} wide, not {embedding.shape[-1]}")
+        prefixes = [embedding[..., :m] for m in self.nesting]
+        if len(self.heads) == len(prefixes):
+            return [head(z) for head, z in zip(self.heads, prefixes, strict=True)]
+        return [_first_columns(self.heads[0], z, width) for z in prefixes]
 
 
-def _logits(prefix: Tensor, head: nn.Module) -> Tensor:
-    assert isinstance(head, nn.Linear)
-    return F.linear(prefix, head.weight[:, : prefix.shape[-1]], head.bias)
+def _first_columns(head: nn.Module, prefix: Tensor, width: int) -> Tensor:
+    """Return W[:, :m] z + b; a head that is adapted is given the prefix with zeros after it instead."""
+    if isinstance(head, nn.Linear):
+        return F.linear(prefix, head.weight[:, : prefix.shape[-1]], head.bias)
+    logits: Tensor = head(F.pad(prefix, (0, width - prefix.shape[-1])))
+    return logits

@@ -8,12 +8,11 @@ rank q / b, yet W has full rank. Three uses: trained from the start (factors uni
 their own blocks, b = 4 as in the official code); `start="projection"`, the nearest Monarch matrix to the
 weight that is there, for pretrained ones (`linalg.monarch_projection`); and reverse sparsification: with
 `sparse` below 1 the factors are multiplied out after that share of the steps, and a dense weight is trained
-from there on, with fresh optimizer state. Start: that of the factors.
+from there on, with fresh optimizer state, in one process. Start: that of the factors.
 
 Deviations: the official projection is for square weights and blocks of rank one; this one is optimal for
-rectangular ones and any rank. How long models are trained sparsely is not stated by the paper: `sparse` has
-to be given. With it, output and input side are not told apart, so that parameter groups stay what they are.
-Biases are the model's own; the official layer draws them from +-1 / sqrt(out).
+rectangular ones and any rank. The paper does not state how long to train sparsely: `sparse` is to be given.
+With it, sides are not told apart, so that parameter groups stay what they are. Biases are the model's own.
 
 From b = 2 on two products of blocks have no more multiply-adds than the dense one, so a matrix formed for few
 tokens never pays by that measure: for a served model `rankfold.fold` merges the factors for good.
@@ -25,10 +24,11 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import InvalidOption
+from ...errors import Incompatible, InvalidOption
 from ...linalg import monarch_projection
 from ...weights import Densifying, Monarch, Weight
 from ..limits import in_range, one_of
+from ..processes import processes
 from ..registry import not_base, structure
 from ..rules import Dynamics
 from ..run import Run
@@ -52,11 +52,17 @@ class ReverseSparsification(Dynamics):
         """Whether the factors are kept."""
         return self.sparse == 1
 
+    def check(self, run: Run) -> None:
+        """Refuse several processes: data-parallel wrappers do not average gradients of fresh matrices."""
+        if processes()[1] > 1:
+            raise Incompatible("monarch trains in one process where sparse is below 1")
+
     def stepped(self, run: Run) -> None:
         """Multiply out after that share of the steps."""
         assert run.total_steps is not None
-        if run.step == max(1, int(self.sparse * run.total_steps)):
-            for part in staged(run, Densifying).values():
+        late = run.step >= int(self.sparse * run.total_steps)
+        for part in staged(run, Densifying).values():
+            if late and isinstance(part.now, Monarch):
                 factors = parameters_of(part)
                 part.densify()
                 take_place(run, factors, parameters_of(part))

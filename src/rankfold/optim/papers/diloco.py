@@ -75,5 +75,7 @@ def nesterov(lr: float, momentum: float) -> Any:
         InvalidOption: a rate is negative, or the momentum is not in [0, 1).
     """
     if not (lr >= 0 and 0 <= momentum < 1):
-        raise InvalidOption(f"the outer lr must be at least 0 and momentum in [0, 1), not {lr} and {momentum}")
+        raise InvalidOption(
+            f"the outer lr must be at least 0 and momentum in [0, 1), not {lr} and {momentum}"
+        )
     return partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=momentum > 0)

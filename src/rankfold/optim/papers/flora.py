@@ -143,7 +143,7 @@ def flora(
         clip: largest root mean square of D.
         least: smallest root mean square of a weight that lr is in units of; None takes lr as it is.
         aspect: most that the longer side may be of the shorter one, for a compressed momentum.
-        plain: words in the names of weights whose momentum is not compressed either; None means the tables of a
+        plain: words in the names of weights whose momentum is not compressed; None means the tables of a
             model's embeddings and heads, and names with "embed" or "lm_head" where no model is given.
         options: weight_decay, side, rounding and seed of `ProjectedOptimizer`.
 

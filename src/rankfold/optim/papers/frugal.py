@@ -25,6 +25,7 @@ from ..residuals import Sign
     "frugal",
     title="FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training",
     year=2024,
+    arxiv="2411.07837",
     code="fzmushko/FRUGAL",
     formula="W <- W - lr (P adam(P^T G) + lambda sign(G - P P^T G))",
 )
@@ -44,7 +45,8 @@ def frugal(
     Args:
         params: a model, (name, parameter) pairs or parameters.
         lr: learning rate.
-        density: share of the shorter side, or of the weights, that has moments, in (0, 1].
+        density: share of the shorter side, or of the weights, that has moments, in [0, 1]; with 0
+            all but the plain ones are moved by signs.
         refresh: steps between two choices of them.
         projector: how they are chosen, or "blocks", where whole weights are.
         sign: lambda, what the sign of the rest is multiplied by.
@@ -59,15 +61,15 @@ def frugal(
         >>> [group["rank"] for group in optimizer.param_groups]
         [4, None]
     """
-    if not 0 < density <= 1:
-        raise InvalidOption(f"frugal: density must be in (0, 1], not {density}")
+    if not 0 <= density <= 1:
+        raise InvalidOption(f"frugal: density must be in [0, 1], not {density}")
     made: list[dict[str, Any]] = []
     found = groups(params, 1, plain)
     if any("rank" not in group for group in found):
         raise InvalidOption(
             "frugal makes groups of its own, by density: pass a model or parameters, not groups"
         )
-    if projector == "blocks":
+    if projector == "blocks" or density == 0:
         blocks = [
             {**group, "turns": True, "rank": None} if group["rank"] is not None else group for group in found
         ]

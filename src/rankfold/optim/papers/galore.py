@@ -7,7 +7,8 @@ Zhao et al. 2024. P stands on the shorter side. Moments are kept as they are whe
 scale = 0.25, T = 200 and r = 128 are the paper's for its smallest model; embeddings, norms and the head are
 moved by plain Adam. Start: the weights as they are; nothing is added to the model.
 
-Deviations: the eps of Adam is 1e-6, as in the official code.
+Deviations: the eps of Adam is 1e-6, as in the official code. Where the first gradient is zero, P is chosen
+again in the next step.
 """
 
 from typing import Any

@@ -34,12 +34,11 @@ from ..residuals import Sparse
 class GaLorePlus(ProjectedOptimizer):
     """GaLore whose groups may say of how many heads their weights are; `galore_plus` makes it."""
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, and refuse what its heads cannot hold."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _admit(self, index: int, group: dict[str, Any]) -> None:
+        """Refuse what a group's heads cannot hold."""
+        super()._admit(index, group)
         heads = group.get("heads", 1)
-        for name, parameter in named(len(self.param_groups) - 1, group) if heads > 1 else ():
+        for name, parameter in named(index, group) if heads > 1 else ():
             rows, _ = matrix_shape(parameter)
             if rows % heads or group["side"] != "right":
                 raise InvalidOption(

@@ -45,10 +45,9 @@ class _Divided(NamedTuple):
 class GradNormLoRP(ProjectedOptimizer):
     """GaLore on the directions of rows, Adam on their lengths; `gradnormlorp` makes it."""
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; weights in half precision need a float32 copy."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _admit(self, index: int, group: dict[str, Any]) -> None:
+        """Refuse a group whose weights in half precision have no float32 copy."""
+        super()._admit(index, group)
         half = [p for p in group["params"] if p.dtype in HALF and is_projected(group, p)]
         if half and group["rounding"] != "master":
             raise InvalidOption(
