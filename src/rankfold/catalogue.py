@@ -136,19 +136,31 @@ class Method:
                 known = ", ".join(self.options) or "none"
                 hint = near_names(key, self.options) or f"; its options: {known}"
                 raise InvalidOption(f"{self.name} has no option {key!r}{hint}")
-            self._check_value(key, value)
+            require_kind(self.name, self.build, key, value)
         return {**self.options, **options}
 
-    def _check_value(self, key: str, value: Any) -> None:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InvalidOption(f"{self.name}: {key} must be a finite number, not {value}")
-        kinds = _annotated_kinds(self.build, key)
-        if value is None and NoneType in kinds:
-            return
-        asked = [(phrase, fits(value)) for kind, phrase, fits in _KINDS if kind in kinds]
-        if asked and not any(fits for _, fits in asked):
-            phrases = " or ".join(dict.fromkeys(phrase for phrase, _ in asked))
-            raise InvalidOption(f"{self.name}: {key} must be {phrases}, not {value!r}")
+
+def require_kind(owner: str, build: Callable[..., Any], key: str, value: Any) -> None:
+    """Refuse a value of another kind than `build` writes beside its parameter `key`.
+
+    Args:
+        owner: whose option it is, for the sentence.
+        build: a function; where it says nothing of the parameter, every value is taken.
+        key: name of the parameter.
+        value: asked for.
+
+    Raises:
+        InvalidOption: it is of another kind, or not finite.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InvalidOption(f"{owner}: {key} must be a finite number, not {value}")
+    kinds = _annotated_kinds(build, key)
+    if value is None and NoneType in kinds:
+        return
+    asked = [(phrase, fits(value)) for kind, phrase, fits in _KINDS if kind in kinds]
+    if asked and not any(fits for _, fits in asked):
+        phrases = " or ".join(dict.fromkeys(phrase for phrase, _ in asked))
+        raise InvalidOption(f"{owner}: {key} must be {phrases}, not {value!r}")
 
 
 def _annotated_kinds(build: Callable[..., Any], key: str) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """`rankfold pretrain`: what its words mean, and what it says."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,10 @@ def _refused(arguments: list[str], capture: Capture) -> str:
     [
         (["--optimizer", "galroe"], "did you mean galore"),
         (["--optimizer", "galore", "--set", "optimizer.rnak=4"], "did you mean rank"),
+        (["--optimizer", "galore", "--set", "optimizer.rank=abc"], "rank must be a whole number"),
+        (["--vocab", "0"], "vocab is 0; it must be at least 1"),
+        (["--data", ""], "it must be no empty name"),
+        (["--tokenizer", ""], "it must be a name"),
         (["--optimizer", "galore", "--set", "optimizer.rank=400"], "projects no weight at rank 400"),
         (["--structure", "sltrain", "--rank", "400"], "400"),
         (["--structure", "lroa"], "'lroa'"),
@@ -65,6 +70,18 @@ def test_a_file_that_is_empty_or_not_text_is_one_sentence(
     bad = tmp_path / "bad.txt"
     bad.write_bytes(content)
     assert f"bad.txt {sentence}" in _refused([*words, "--data", str(bad)], capsys)
+
+
+def test_a_model_that_cannot_be_reached_is_one_sentence(
+    words: list[str], capsys: Capture, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("retrying in 1s [retry 1/5].")
+        raise OSError("we could not connect")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+    assert "no model folder nobody/none" in _refused(["pretrain", "nobody/none", *words[2:]], capsys)
+    assert not caplog.records
 
 
 def test_without_a_model_or_a_folder_it_says_what_to_write(words: list[str], capsys: Capture) -> None:

@@ -34,9 +34,45 @@ def test_an_option_that_there_is_not_is_named_with_near_ones(name: str) -> None:
         check_optimizer(name, {"weigth_decay": 0.1})
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value", "kind"),
+    [
+        ("galore", "rank", "abc", "a whole number"),
+        ("galore", "rank", None, "a whole number"),
+        ("galore", "scale", "half", "a number"),
+        ("galore", "scale", float("nan"), "a finite number"),
+        ("galore", "refresh", [1], "a whole number"),
+        ("galore", "seed", "abc", "a whole number"),
+        ("galore", "plain", 5, "a list"),
+        ("fira", "staggered", 3, "true or false"),
+        ("adamw", "weight_decay", "abc", "a number"),
+        ("adamw", "amsgrad", "abc", "true or false"),
+        ("adamw", "betas", 3, "a list"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused_with_the_kind_that_it_is(
+    name: str, option: str, value: Any, kind: str
+) -> None:
+    with pytest.raises(InvalidOption, match=f"{name}: {option} must be {kind}, not"):
+        check_optimizer(name, {option: value})
+
+
+@pytest.mark.parametrize("options", [{"betas": [0.9]}, {"betas": [0.9, 2.0]}, {"weight_decay": -1.0}])
+def test_what_adamw_does_not_take_is_refused(model: Any, options: dict[str, Any]) -> None:
+    config = PretrainConfig("0.1M", set={f"optimizer.{key}": value for key, value in options.items()})
+    plan = OptimizerPlan.of(model, config)
+    with pytest.raises(InvalidOption, match="AdamW does not take these options"):
+        plan.build(model)
+    if "betas" in options:
+        with pytest.raises(InvalidOption, match="AdamW does not take these options"):
+            plan.small([("weight", torch.nn.Parameter(torch.ones(2)))], 1)
+
+
 def test_what_is_no_optimizer_is_refused() -> None:
-    with pytest.raises(UnknownMethod, match="galor"):
+    with pytest.raises(UnknownMethod, match="did you mean galore"):
         check_optimizer("galor", {})
+    with pytest.raises(UnknownMethod, match="did you mean adamw"):
+        check_optimizer("adam", {})
     with pytest.raises(InvalidOption, match="mup is no optimizer"):
         check_optimizer("mup", {})
 

@@ -4,6 +4,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,6 +174,21 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(
     assert _same(_weights(str(through.out)), _weights(small.out))
 
 
+def test_a_disk_without_room_is_named_whatever_the_writing_library_says(
+    small: PretrainConfig, acting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any) -> None:
+        def save(*args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("unexpected pos 333632 vs 333524")
+
+        monkeypatch.setattr("torch.save", save)
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+
+    acting(3, fail)
+    with pytest.raises(NotWritten, match=r"step 4 .* the disk of .* is full; that of step 2"):
+        pretrain(small, progress=False)
+
+
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
 def test_a_checkpoint_whose_files_are_not_all_written_is_not_there(
     file: str, small: PretrainConfig, monkeypatch: pytest.MonkeyPatch
@@ -278,9 +294,14 @@ def test_any_configuration_of_transformers_is_trained(small: PretrainConfig, tmp
         plan_pretraining(replace(small, model=str(tmp_path / "tied"), length=33))
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(small: PretrainConfig) -> None:
+def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence_on_a_line_of_its_own(
+    small: PretrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(Diverged, match=r"not finite at step \d+: lower --lr"):
-        pretrain(replace(small, lr=1e30, clip=0.0, steps=8, warmup=0.0), progress=False)
+        pretrain(replace(small, lr=1e30, clip=0.0, steps=8, warmup=0.0))
+    shown = capsys.readouterr().err
+    assert "pretraining" in shown
+    assert shown.endswith("\n")
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from rankfold.errors import InvalidOption, OutputExists
 from rankfold.training.config import RunConfig, read_config
 from rankfold.training.folder import RunFolder
+from rankfold.training.whole import NotWritten
 
 CONFIG = RunConfig(model="m", data="d", rank=8)
 
@@ -24,9 +26,18 @@ def test_a_folder_that_is_not_empty_is_refused_unless_it_may_be_overwritten(tmp_
         RunFolder(tmp_path).check(resume=False, overwrite=False)
     with pytest.raises(OutputExists, match="holds no run to resume"):
         RunFolder(tmp_path).check(resume=True, overwrite=False)
+    (tmp_path / "config.yaml").write_text("model: m")
     RunFolder(tmp_path).check(resume=False, overwrite=True)
     RunFolder(tmp_path).start(CONFIG, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_folder_that_no_run_began_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("years of work")
+    with pytest.raises(OutputExists, match="no run to overwrite"):
+        RunFolder(tmp_path).check(resume=False, overwrite=True)
+    (tmp_path / "checkpoints").mkdir()  # as a run leaves it that ended before its settings were written
+    RunFolder(tmp_path).check(resume=False, overwrite=True)
 
 
 def test_an_empty_or_new_folder_is_taken(tmp_path: Path) -> None:
@@ -69,6 +80,7 @@ def test_the_last_checkpoint_is_the_newest_that_is_whole(tmp_path: Path) -> None
     whole = _checkpoint(folder, 10)
     _checkpoint(folder, 11, state=None)
     _checkpoint(folder, 12, state='{"global_st')
+    (folder.checkpoints / "checkpoint-10-copy").mkdir()
     assert folder.last_checkpoint() == whole
 
 
@@ -95,3 +107,18 @@ def test_an_adapter_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         "rankfold.json",
         "result.json",
     }
+
+
+def test_tensors_that_find_no_room_at_the_end_are_a_sentence_and_leave_the_folder_as_it_was(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.start(CONFIG, overwrite=False)
+    before = sorted(tmp_path.iterdir())
+
+    def full(path: Path) -> None:
+        raise SafetensorError("No space left on device")
+
+    with pytest.raises(NotWritten, match=r"No space left on device; --resume writes it"):
+        folder.finish(full, {})
+    assert sorted(tmp_path.iterdir()) == before

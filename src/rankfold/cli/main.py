@@ -58,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TyperException as error:
         return _fail(error.format_message(), BAD_INPUT)
     if code == INTERRUPTED:
-        typer.echo(err=True)  # leave the line of the progress bar
         return _fail("interrupted; the same command continues with --resume", INTERRUPTED)
     return code or 0
 
@@ -71,5 +70,6 @@ def _fail(message: str, code: int) -> int:
 def _quieten() -> None:
     """Silence remarks of libraries on what they lack; show warnings as plain sentences."""
     warnings.formatwarning = lambda message, *_, **__: f"{message}\n"
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "datasets.packaged_modules"):
+    hub = "huggingface_hub.utils._http"  # tells of every attempt to reach it; the error says it once
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "datasets.packaged_modules", hub):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -91,7 +91,12 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         require_choices(self, CHOICES)
         require_positive(self, "lr", "epochs")
-        require_counts(self, "steps", "batch_size", "accumulate", "save_steps", "eval_steps", "eval_blocks")
+        for name in ("model", "out", "tokenizer", "structure", "optimizer"):
+            require(self, name, lambda value: value.strip(), "a name")
+        for name in ("data", "eval_data", "targets"):
+            require(self, name, lambda values: all(value.strip() for value in values), "no empty name")
+        require_counts(self, "vocab", "rank", "steps", "batch_size", "accumulate")
+        require_counts(self, "save_steps", "eval_steps", "eval_blocks")
         require_one_length(self)
         require(self, "length", lambda value: value >= 2, "at least 2, a token and the one it predicts")
         require(self, "held_out", lambda value: 0 < value < 1, "above 0 and below 1")

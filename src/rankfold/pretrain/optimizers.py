@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 import rankfold as rf
-from rankfold.catalogue import Method, get
-from rankfold.errors import Incompatible, InvalidOption, InvalidRank, near_names
+from rankfold.catalogue import Method, get, methods, require_kind
+from rankfold.errors import Incompatible, InvalidOption, InvalidRank, UnknownMethod, near_names
 from rankfold.layers import adaptation_of
 from rankfold.optim import ProjectedOptimizer
 from rankfold.optim.widths import tables
@@ -33,16 +33,27 @@ def check_optimizer(name: str, options: Mapping[str, Any]) -> float:
 
     Raises:
         UnknownMethod: there is none of that name.
-        InvalidOption: it has no such option, or is no optimizer.
+        InvalidOption: it has no such option, or one of another kind, or is no optimizer.
     """
-    method = None if name == ADAMW else get("optim", name)
+    method = None if name == ADAMW else _named(name)
     rate = ADAMW_RATE if method is None else usual_rate(method)
     known = ADAMW_OPTIONS if method is None else known_options(method)
-    for key in options:
+    for key, value in options.items():
         if key not in known:
             hint = near_names(key, known) or f"; its options: {', '.join(known)}"
             raise InvalidOption(f"{name} has no option {key!r}{hint}")
+        own = method is not None and key in method.options
+        passed = torch.optim.AdamW.__init__ if method is None else ProjectedOptimizer.__init__
+        require_kind(name, method.build if method is not None and own else passed, key, value)
     return rate
+
+
+def _named(name: str) -> Method:
+    """Return an optimizer of the catalogue, or refuse the name with the nearest ones, AdamW's among them."""
+    names = [method.name for method in methods("optim")]
+    if name not in names and (near := near_names(name, [ADAMW, *names])):
+        raise UnknownMethod(f"there is no optimizer {name!r}{near}")
+    return get("optim", name)
 
 
 def optimizer_options(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +137,7 @@ class OptimizerPlan:
         """Return the optimizer of copies whose sides, and ranks, are divided."""
         if self.name == ADAMW:
             options = {key: value for key, value in self.options.items() if key != "weight_decay"}
-            return torch.optim.AdamW([p for _, p in trained], lr=self.lr, **options)
+            return _made_adamw([{"params": [p for _, p in trained]}], self.lr, options)
         options = dict(self.options)
         if isinstance(options.get("rank"), int):
             options["rank"] = max(1, options["rank"] // divisor)
@@ -161,11 +172,17 @@ def adamw(model: nn.Module, lr: float, options: Mapping[str, Any]) -> torch.opti
         groups = rf.param_groups(model, lr, weight_decay=decay)
     else:
         groups = decayed_groups(((n, p) for n, p in model.named_parameters() if p.requires_grad), decay)
+    return _made_adamw(groups, lr, {**given, "weight_decay": decay})
+
+
+def _made_adamw(groups: list[dict[str, Any]], lr: float, options: Mapping[str, Any]) -> torch.optim.AdamW:
+    """Return AdamW, or refuse options that it does not take."""
+    given = dict(options)
     if "betas" in given:
         given["betas"] = tuple(given["betas"])
     try:
         return torch.optim.AdamW(groups, lr=lr, **given)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
         raise InvalidOption(f"AdamW does not take these options: {error}") from error
 
 

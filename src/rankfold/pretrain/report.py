@@ -1,10 +1,11 @@
 """What a pretraining run would do, and what it did."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rankfold.layers import Counts
 from rankfold.pretrain.config import PretrainConfig
 from rankfold.pretrain.memory import StepMemory, table
 from rankfold.training.config import json_settings
@@ -87,6 +88,7 @@ class PretrainResult:
         before: on the text that is held out, at random.
         after: likewise, when it was trained.
         reason: why the model is in Rankfold's form, or None where it is a stock one.
+        numbers: of the model before it was folded: stored, active and deployed.
     """
 
     plan: PretrainPlan
@@ -98,6 +100,7 @@ class PretrainResult:
     before: Score | None
     after: Score
     reason: str | None
+    numbers: Counts | None = None
 
     @property
     def loads_with(self) -> str:
@@ -134,6 +137,7 @@ class PretrainResult:
             "peak_memory": self.peak_memory,
             "before": None if self.before is None else self.before.to_dict(),
             "after": self.after.to_dict(),
+            "numbers": None if self.numbers is None else asdict(self.numbers),
             "stock": self.reason is None,
             "reason": self.reason,
             "loads_with": self.loads_with,
@@ -145,6 +149,7 @@ class PretrainResult:
             "time": f"{self.seconds:.1f} s, {self.speed:,.0f} tokens/s",
             "before": "" if self.before is None else str(self.before),
             "after": str(self.after),
+            "numbers": "" if self.numbers is None else str(self.numbers),
             "peak": f"{readable(self.peak_memory)}, of the process with its libraries or of the GPU",
             "form": "a stock model" if self.reason is None else f"Rankfold's: {self.reason}",
             "load": self.loads_with,

@@ -93,7 +93,7 @@ def pretrain(
     finished = whole_model(trainer, shards, begin)
     if finished is None or not trainer.is_world_process_zero():
         return result
-    result = replace(result, reason=fold_where_possible(finished))
+    result = replace(result, numbers=rf.count(finished), reason=fold_where_possible(finished))
     _leave(folder, finished, prepared, trainer, result, notify)
     return result
 

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from rankfold.errors import InvalidOption, OutputExists
 from rankfold.formats.native import RECORD, TENSORS
 from rankfold.training.config import RunConfig, config_text, flag, read_config
+from rankfold.training.whole import NotWritten, step_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -57,11 +60,13 @@ class RunFolder:
             raise InvalidOption("resume keeps what the folder holds and overwrite discards it; choose one")
         if self.path.exists() and not self.path.is_dir():
             raise OutputExists(f"{self.path} exists and is no folder; choose another --out")
-        if overwrite or not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or not any(self.path.iterdir()):
             return
-        if not resume:
+        if overwrite:
+            self._require_run()
+        elif not resume:
             raise OutputExists(f"the folder {self.path} is not empty; choose another or add --overwrite")
-        if not self.config_file.is_file():
+        elif not self.config_file.is_file():
             raise OutputExists(f"the folder {self.path} holds no run to resume: it has no config.yaml")
 
     def start(self, config: "DataclassInstance", *, overwrite: bool) -> None:
@@ -80,22 +85,39 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest checkpoint that was written to its end: the trainer's state is its last file."""
-        found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
-        return next((path for path in reversed(found) if _is_json(path / "trainer_state.json")), None)
+        steps = {path: step_of(path) for path in self.checkpoints.glob("checkpoint-*")}
+        found = sorted((step, path) for path, step in steps.items() if step is not None)
+        return next((path for _, path in reversed(found) if _is_json(path / "trainer_state.json")), None)
 
     def finish(self, save: Callable[[Path], object], result: dict[str, Any]) -> None:
         """Let `save` write what was trained into an empty folder; move its files here, with the result.
 
         The record moves last: a folder that has it has the rest.
+
+        Raises:
+            NotWritten: the library that writes tensors could not; nothing has changed.
         """
         with tempfile.TemporaryDirectory(dir=self.path, prefix=".saving-") as temporary:
             staging = Path(temporary) / "trained"
-            save(staging)
+            try:
+                save(staging)
+            except SafetensorError as error:  # which is no OSError where the disk is full
+                raise NotWritten(
+                    f"what was trained could not be written to {self.path}: {error}; --resume writes it "
+                    "from the last checkpoint"
+                ) from error
             write_text(staging / "result.json", json.dumps(result, indent=2) + "\n")
             for file in sorted(staging.iterdir(), key=lambda file: file.name == self.record):
                 if file.is_dir():  # which takes the place of no other
                     _remove(self.path / file.name)
                 file.replace(self.path / file.name)
+
+    def _require_run(self) -> None:
+        """Refuse to clear a folder that no run began, whose files are somebody's."""
+        if not self.config_file.is_file() and not self.checkpoints.is_dir():
+            raise OutputExists(
+                f"the folder {self.path} holds other files and no run to overwrite; choose another --out"
+            )
 
     def _clear(self) -> None:
         for pattern in (self.record, *self.results, "result.json", "config.yaml", "checkpoints/checkpoint-*"):

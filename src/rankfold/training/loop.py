@@ -92,10 +92,17 @@ def runs_on_cpu(device: str) -> bool:
 
 def train(trainer: "Trainer", checkpoint: Path | None, notify: Notify) -> float:
     """Train from `checkpoint`, or from the start, and return the seconds."""
+    from rankfold.training.progress import ProgressBar
+
     if checkpoint is not None:
         notify(f"resuming from {checkpoint.name}")
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        for bar in trainer.callback_handler.callbacks:
+            if isinstance(bar, ProgressBar):
+                bar.close()  # one that stays open takes the line of what is said next
     return time.perf_counter() - start
 
 

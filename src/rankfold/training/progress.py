@@ -43,5 +43,9 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands, and its line, also where the run ends before its time."""
         if self.bar is not None:
             self.bar.close()

@@ -8,9 +8,22 @@ from typing import Any
 
 from rankfold.errors import RankfoldError
 
+FULL = 2**20  # bytes: a disk with less is full
+
 
 class NotWritten(RankfoldError, OSError):
     """A checkpoint could not be written; the ones before it are as they were."""
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step of a checkpoint, or None where its name, such as a copy's, is another.
+
+    Example:
+        >>> step_of(Path("checkpoint-20")), step_of(Path("checkpoint-20-copy"))
+        (20, None)
+    """
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() else None
 
 
 class WholeCheckpoints:
@@ -64,7 +77,9 @@ class WholeCheckpoints:
         rotate_checkpoints(str(folder), self.args.save_total_limit)
 
     def _sentence(self, folder: Path, error: Exception) -> str:
-        whole = sorted(int(found.name.split("-")[-1]) for found in folder.glob("checkpoint-*"))
+        whole = sorted(step for found in folder.glob("checkpoint-*") if (step := step_of(found)) is not None)
         kept = f"; that of step {whole[-1]} is whole, and --resume continues from it" if whole else ""
         reason = " ".join(str(error).split()) or type(error).__name__
+        if shutil.disk_usage(folder).free < FULL:  # which not every library that writes says
+            reason = f"the disk of {folder} is full"
         return f"the checkpoint of step {self.state.global_step} could not be written: {reason}{kept}"
