@@ -115,11 +115,12 @@ def test_the_rate_climbs_and_falls_along_a_cosine_to_its_floor(small: PretrainCo
     [
         {},
         {"optimizer": "galore", "set": {"optimizer.refresh": 2}},
+        {"optimizer": "galore", "clip": 0.0, "step_in_backward": True},
         {"structure": "sltrain", "rank": 4},
         {"structure": "lora/relora", "rank": 4, "set": {"dynamics.interval": 2, "dynamics.warmup": 1}},
         pytest.param({"dtype": "bfloat16", "optimizer": "frugal"}, marks=pytest.mark.slow),
     ],
-    ids=["adamw", "galore", "sltrain", "relora", "bfloat16"],
+    ids=["adamw", "galore", "steps in backward", "sltrain", "relora", "bfloat16"],
 )
 def test_an_interrupted_run_resumes_to_the_weights_of_one_that_never_stopped(
     options: dict[str, Any],
@@ -363,3 +364,38 @@ def test_a_compiled_model_learns_the_same(small: PretrainConfig, tmp_path: Path)
     compiled = pretrain(replace(small, compile=True, out=str(tmp_path / "compiled")), progress=False)
     assert compiled.after.loss == pytest.approx(plain.after.loss, abs=1e-4)
     assert isinstance(load_pretrained(compiled.out)[0], type(load_pretrained(plain.out)[0]))
+
+
+# Less memory ------------------------------------------------------------------------------------------
+
+
+def test_steps_in_backward_and_recomputed_blocks_change_no_weight(
+    small: PretrainConfig, tmp_path: Path
+) -> None:
+    base = replace(small, optimizer="galore", clip=0.0, set={"optimizer.rank": 4})
+    wanted = pretrain(base, progress=False)
+    early = replace(base, out=str(tmp_path / "early"), step_in_backward=True)
+    result = pretrain(early, progress=False)
+    assert _same(_weights(early.out), _weights(base.out))
+    largest = max(4 * tensor.numel() for tensor in _weights(base.out).values())
+    assert result.measured.gradients == result.plan.memory.gradients == largest
+    assert wanted.measured.gradients == wanted.plan.memory.gradients > largest  # type: ignore[operator]
+    again = replace(base, out=str(tmp_path / "again"), checkpointing=True)
+    lean = pretrain(again, progress=False)
+    assert _same(_weights(again.out), _weights(base.out))
+    assert lean.plan.memory.activations < wanted.plan.memory.activations  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"clip": 0.0}, "not adamw"),
+        ({"optimizer": "galore"}, "clip 0"),
+        ({"optimizer": "galore", "clip": 0.0, "structure": "low-rank/self-guided"}, "dynamics act on all"),
+    ],
+)
+def test_steps_in_backward_are_refused_where_they_have_no_meaning(
+    small: PretrainConfig, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RankfoldError, match=words):
+        pretrain(replace(small, step_in_backward=True, **changes), progress=False)

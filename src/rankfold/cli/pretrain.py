@@ -39,11 +39,15 @@ def pretrain(
     seed: Annotated[int | None, option("Decides every random choice (0)", TRAINING)] = None,
     dtype: Annotated[str | None, option("float32 | bfloat16 | mixed (float32)", TRAINING)] = None,
     compile: Annotated[bool, option("Compile the model", TRAINING, "--compile")] = False,
+    checkpointing: Annotated[bool, option("Recompute blocks", TRAINING, "--checkpointing")] = False,
+    step_in_backward: Annotated[
+        bool, option("One gradient at a time", TRAINING, "--step-in-backward", hidden=True)
+    ] = False,
     fsdp: Annotated[bool, option("Shard over torchrun's processes", TRAINING, "--fsdp")] = False,
     device: Annotated[str | None, option("auto | cpu | cuda (auto)", TRAINING)] = None,
     out: Annotated[str | None, option("Folder that receives the model", OUTPUT)] = None,
     save_steps: Annotated[int | None, option("Between checkpoints (a tenth)", OUTPUT)] = None,
-    eval_steps: Annotated[int | None, option("Between perplexities (a tenth)", OUTPUT)] = None,
+    eval_steps: Annotated[int | None, option("Between perplexities (a tenth)", OUTPUT, hidden=True)] = None,
     eval_blocks: Annotated[int | None, option("Sequences of each (128)", OUTPUT, hidden=True)] = None,
     resume: Annotated[bool, option("Continue the run in --out", OUTPUT, "--resume")] = False,
     overwrite: Annotated[bool, option("Replace the run in --out", OUTPUT, "--overwrite")] = False,

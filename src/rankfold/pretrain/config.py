@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from rankfold.errors import InvalidOption
 from rankfold.training.config import (
     require,
     require_choices,
@@ -48,6 +49,9 @@ class PretrainConfig:
         seed: decides the start and the order of the data.
         dtype: `float32`; `bfloat16`, weights and all; or `mixed`, float32 weights computed with in bfloat16.
         compile: compile the model.
+        checkpointing: keep the input of every block only, and compute the block again in the backward pass.
+        step_in_backward: move every weight as soon as its gradient is there, so that one is alive at a time;
+            for projected optimizers, with `clip` 0, no accumulation and one process.
         fsdp: shard weights, gradients and optimizer state over the processes (FSDP2).
         device: `auto`, `cpu` or `cuda`.
         eval_steps: optimizer steps between two measurements of the perplexity, or None for a tenth.
@@ -82,6 +86,8 @@ class PretrainConfig:
     seed: int = 0
     dtype: str = "float32"
     compile: bool = False
+    checkpointing: bool = False
+    step_in_backward: bool = False
     fsdp: bool = False
     device: str = "auto"
     eval_steps: int | None = None
@@ -103,4 +109,8 @@ class PretrainConfig:
         require(self, "warmup", lambda value: 0 <= value < 1, "at least 0 and below 1")
         require(self, "floor", lambda value: 0 <= value <= 1, "between 0 and 1")
         require(self, "clip", lambda value: 0 <= value < float("inf"), "a finite number of at least 0")
+        if self.step_in_backward and (self.clip or self.accumulate > 1 or self.fsdp):
+            raise InvalidOption(
+                "step_in_backward frees gradients one by one: it needs clip 0, accumulate 1 and no fsdp"
+            )
         require(self, "seed", lambda value: 0 <= value < 2**32, "between 0 and 2**32 - 1")

@@ -77,7 +77,15 @@ def table(predicted: StepMemory, measured: StepMemory) -> str:
     return "\n".join([f"  {'':<12} {'predicted':>12} {'measured':>12}", *lines])
 
 
-def predict(model: nn.Module, make: Make, tokens: int, width: int) -> StepMemory:
+def predict(
+    model: nn.Module,
+    make: Make,
+    tokens: int,
+    width: int,
+    *,
+    checkpointing: bool = False,
+    one_by_one: bool = False,
+) -> StepMemory:
     """Predict a step.
 
     Args:
@@ -85,13 +93,15 @@ def predict(model: nn.Module, make: Make, tokens: int, width: int) -> StepMemory
         make: makes its optimizer of other (name, parameter) pairs, with ranks divided by a number.
         tokens: of a forward pass.
         width: bytes of a number that is computed with.
+        checkpointing: blocks are computed again in the backward pass.
+        one_by_one: one gradient is alive at a time.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return StepMemory(
         weights=weight_bytes(model),
-        gradients=sum(p.nbytes for _, p in trained),
+        gradients=(max if one_by_one else sum)(p.nbytes for _, p in trained),
         optimizer=predict_state(trained, make),
-        activations=activations(model, tokens, width),
+        activations=activations(model, tokens, width, checkpointing=checkpointing),
     )
 
 
@@ -205,12 +215,23 @@ class Watched:
 
     Attributes:
         gradients, optimizer, activations: bytes, or None before they are counted.
+        handles: of hooks that count in the first backward pass.
     """
 
     def __init__(self) -> None:
         self.gradients: int | None = None
         self.optimizer: int | None = None
         self.activations: int | None = None
+        self.handles: list[Any] = []
+
+    def watch_backward(self, model: nn.Module) -> None:
+        """Count the gradients that are alive whenever another one is there, in the first backward pass."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def count(parameter: Tensor) -> None:
+            self.gradients = max(self.gradients or 0, gradient_bytes(model))
+
+        self.handles += [p.register_post_accumulate_grad_hook(count) for p in trained]
 
     def result(self, model: nn.Module) -> StepMemory:
         """Return all that was counted, and the weights as they are."""
@@ -231,6 +252,9 @@ class Watched:
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 """Count the optimizer's state."""
+                for handle in watched.handles:
+                    handle.remove()
+                watched.handles.clear()
                 watched.optimizer = max(watched.optimizer or 0, state_bytes(kwargs["optimizer"]))
 
         return Counting()

@@ -113,7 +113,11 @@ def _ready(
     plan = _plan(model, prepared, arguments.world_size, shards)
     make = OptimizerPlan.of(model, prepared.config).build
     data = (prepared.training, prepared.scored(arguments.world_size))
-    return trainer_of(model, arguments, make, data, watched, shards=shards, progress=progress), plan
+    trainer = trainer_of(
+        model, arguments, make, data, watched, shards=shards, progress=progress,
+        steps_in_backward=prepared.config.step_in_backward,
+    )  # fmt: skip
+    return trainer, plan
 
 
 def _trained(
@@ -180,14 +184,27 @@ def _plan(model: "PreTrainedModel", prepared: Prepared, processes: int, shards: 
     config = prepared.config
     make = OptimizerPlan.of(model, config)
     steps = _steps(config, len(prepared.training), processes)
-    memory = predict(model, make.small, config.batch_size * config.length, WIDTHS[config.dtype])
+    optimizer = make.build(model)
+    if config.step_in_backward and (processes > 1 or not hasattr(optimizer, "step_in_backward")):
+        raise InvalidOption(
+            f"step_in_backward is for one process and projected optimizers, such as galore, not "
+            f"{config.optimizer} in {processes}"
+        )
+    memory = predict(
+        model,
+        make.small,
+        config.batch_size * config.length,
+        WIDTHS[config.dtype],
+        checkpointing=config.checkpointing,
+        one_by_one=config.step_in_backward,
+    )
     adaptation = adaptation_of(model)
     return PretrainPlan(
         config=config,
         parameters=sum(p.numel() for p in start(prepared.found, config, "meta").parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         modules=0 if adaptation is None else len(adaptation.adapter().paths),
-        optimizer=describe_optimizer(make.build(model), config.optimizer),
+        optimizer=describe_optimizer(optimizer, config.optimizer),
         text=prepared.facts,
         steps=steps,
         tokens=steps * config.batch_size * config.accumulate * config.length * processes,

@@ -48,6 +48,8 @@ def arguments_of(config: PretrainConfig, checkpoints: Path) -> TrainingArguments
         max_grad_norm=config.clip,
         bf16=config.dtype == "mixed",
         torch_compile=config.compile,
+        gradient_checkpointing=config.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=None if config.structure else False,
         eval_strategy="steps",
         eval_steps=config.eval_steps or 0.1,
@@ -67,6 +69,7 @@ def trainer_of(
     watched: Watched,
     *,
     shards: bool,
+    steps_in_backward: bool = False,
     progress: bool,
 ) -> Trainer:
     """Return the Trainer of a run.
@@ -78,6 +81,7 @@ def trainer_of(
         data: the sequences to train on, and those of the perplexity.
         watched: counts memory.
         shards: shard the model over the processes.
+        steps_in_backward: let the optimizer step in the backward pass.
         progress: show a progress bar.
 
     Raises:
@@ -90,6 +94,8 @@ def trainer_of(
     callbacks: list[Any] = [watched.callback(), _stop_where_diverged()]
     callbacks += [ProgressBar("pretraining")] if progress else []
     if adaptation_of(model) is not None and attachable(require(model))[1] is not None:
+        if steps_in_backward:
+            raise Incompatible("dynamics act on all gradients at once; leave --step-in-backward out")
         if shards:
             raise Incompatible("dynamics and dynamic ranks do not act on sharded weights; leave --fsdp out")
         callbacks.append(rf.TrainerCallback())
@@ -102,7 +108,7 @@ def trainer_of(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.shards = shards
+    trainer.shards, trainer.steps_in_backward = shards, steps_in_backward
     made: Trainer = trainer
     return made
 
@@ -114,7 +120,11 @@ def _trainer_class(make: Callable[[nn.Module], Optimizer], watched: Watched) -> 
         def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
             """Make the optimizer when the Trainer wants it: after a model is loaded, before it is sharded."""
             held: Optimizer | None = getattr(self, "optimizer", None)
-            made = held or make(self.model if model is None else model)
+            of = self.model if model is None else model
+            made = held or make(of)
+            if held is None and self.steps_in_backward:
+                watched.watch_backward(of)
+                made.step_in_backward()  # type: ignore[attr-defined]
             self.optimizer = made
             return made
 
@@ -128,7 +138,7 @@ def _trainer_class(make: Callable[[nn.Module], Optimizer], watched: Watched) -> 
 
         def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             """Return the loss; of the first forward pass of training, count what it keeps."""
-            plain = not (self.shards or self.args.torch_compile)
+            plain = not (self.shards or self.args.torch_compile or self.args.gradient_checkpointing)
             if not (plain and model.training and watched.activations is None):
                 return super().compute_loss(model, inputs, *args, **kwargs)
             with kept_for_backward(model) as kept:

@@ -69,17 +69,19 @@ def predict_memory(model: "nn.Module", trainable: int, tokens: int) -> Memory:
     return Memory(weights + 4 * trainable, 4 * trainable, 8 * trainable, activations(model, tokens, width))
 
 
-def activations(model: "nn.Module", tokens: int, width: int) -> int:
+def activations(model: "nn.Module", tokens: int, width: int, *, checkpointing: bool = False) -> int:
     """Estimate the bytes that a forward pass keeps; see `predict_memory`.
 
     Args:
         model: a transformer.
         tokens: of the batch.
         width: bytes of a number that is computed with.
+        checkpointing: of every block but one, which is computed again, only the input is kept.
     """
     config: Any = getattr(model, "config", None)
     hidden = getattr(config, "hidden_size", 0)
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
-    kept = tokens * getattr(config, "num_hidden_layers", 0) * (8 * hidden + 4 * wide) * width
+    blocks, block = getattr(config, "num_hidden_layers", 0), 8 * hidden + 4 * wide
+    kept = tokens * (blocks * hidden + min(1, blocks) * block if checkpointing else blocks * block) * width
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     return int(kept + (0 if head is None else 2 * 4 * tokens * head.weight.shape[0]))
