@@ -52,7 +52,7 @@ def lost(
 
     Args:
         site: the weight.
-        rank: r.
+        rank: r, of the path with the nonlinearity.
         density: share of the input channels that W_s meets, in (0, 1].
         gamma: share of the low-rank path, in (0, 1).
         activation: f, "silu", or "identity" for a linear path.

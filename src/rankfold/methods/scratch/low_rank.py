@@ -36,7 +36,7 @@ def low_rank(site: Site, rank: int) -> Weight:
 
     Args:
         site: the weight.
-        rank: r.
+        rank: r, of the product that is the weight.
     """
     factors = Factors(site.zeros(site.shape[0], rank), site.zeros(rank, site.shape[1]), "displaced")
     if not site.blank:

@@ -40,7 +40,7 @@ def sltrain(site: Site, rank: int, *, density: float = 0.03, alpha: float | None
 
     Args:
         site: the weight.
-        rank: r.
+        rank: r, of the product beside the sparse part.
         density: share of the entries that S holds, in (0, 1].
         alpha: numerator of the scaling of B A; None takes r.
     """

@@ -38,7 +38,7 @@ def sst(site: Site, rank: int, *, interval: int = 200, warmup: int = 20) -> Weig
 
     Args:
         site: the weight.
-        rank: r.
+        rank: r, how many pairs of singular vectors are trained at a time.
         interval: T3, steps between two drawings, at least 1.
         warmup: steps over which the rate of the vectors climbs after a drawing.
     """
