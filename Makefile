@@ -1,6 +1,6 @@
 # make install    build .venv with everything        make demo           adapt a real model, write demo/report.html
 # make test       lint, types, rooms, tests          make bench          ratios against the floor and against peft
-# make test-all   the slow tests too                 make check-engines  read exports with the servers' own loaders
+# make test-all   the slow tests, coverage           make check-engines  read exports with the servers' own loaders
 # make lint       all checks that run no test        make format         let ruff rewrite the files
 # make docs       build the site in site/            make clean          remove what was built
 #
@@ -27,7 +27,7 @@ export MPLBACKEND := Agg
 
 # One thread a process, for the workers already fill the cores; nothing is fetched from the model hub.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-          $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --cov --cov-report=term --durations=20
+          $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations=20
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -89,7 +89,7 @@ test: lint
 
 test-all: lint
 	@echo "==> pytest, the slow tests too"
-	@$(PYTEST) -m "slow or not slow" < /dev/null
+	@$(PYTEST) -m "slow or not slow" --cov --cov-report=term < /dev/null
 
 docs: install
 	@echo "==> mkdocs"

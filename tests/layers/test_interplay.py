@@ -87,7 +87,7 @@ def test_a_model_that_was_never_called_compiles_to_one_graph() -> None:
         torch.testing.assert_close(compiled(IDS), model(IDS))
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
 def test_a_transformer_compiles_to_one_graph(method: str) -> None:
     model = adapted(made("llama"), method)
     logits(model, "llama")
