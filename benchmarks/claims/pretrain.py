@@ -23,6 +23,7 @@ from _claim import RESULTS, Claim, Interval, Runs, below_zero, interval
 from torch import Tensor, nn
 
 import rankfold as rf
+from rankfold.errors import InvalidOption
 from rankfold.pretrain.ladder import LADDER
 from rankfold.pretrain.memory import gradient_bytes, state_bytes, weight_bytes
 from rankfold.pretrain.optimizers import adamw, named_optimizer
@@ -69,7 +70,7 @@ ARMS = {
     "fira": Arm("fira", PROJECTED, rate=1e-2),
     # Its rates are shares of the size of a weight, as those of Adafactor.
     "flora": Arm("flora", {"rank": RANK, "kappa": 100}, rate=1e-1),
-    "dct": Arm("dct-projection", {"rank": RANK}),
+    "dct": Arm("dct-projection", {"rank": RANK, "scale": 0.25}, rate=1e-2),
     "sltrain": Arm(structure="sltrain", settings={"alpha": RANK / 4}),
     "lost": Arm(structure="lost", settings={"density": 0.05}),
     "relora": Arm(
@@ -160,7 +161,8 @@ def train(task: Task, arm: Arm, seed: int, rate: float, steps: int) -> dict[str,
     if early:
         run(adamw(model, rate, {}), 0, early)
     if arm.structure:
-        rf.adapt(model, arm.structure, rank=RANK, train="all", seed=seed, **arm.settings)
+        given = {"rank": RANK, "seed": seed, "train": "all", "removable": False}
+        rf.adapt(model, arm.structure, **given, **arm.settings)
     optimizer = optimizer_of(model, arm, rate)
     if arm.structure:
         with rf.attach(model, optimizer, total_steps=steps - early):
@@ -195,8 +197,14 @@ def tuned(task: Task, name: str, runs: Runs, steps: int) -> float:
 
 def once(task: Task, name: str, runs: Runs, seed: int, rate: float, steps: int) -> dict[str, Any]:
     """Return a run, from its file if it is done."""
-    key = f"{steps}-{name}-{seed}-{rate:.1e}"
-    return runs.once(key, lambda: train(task, ARMS[name], seed, rate, steps))
+
+    def run() -> dict[str, Any]:
+        try:
+            return train(task, ARMS[name], seed, rate, steps)
+        except InvalidOption as diverged:  # a gradient that is no number, which the optimizer refuses
+            return {"held_out": math.inf, "diverged": str(diverged)}
+
+    return runs.once(f"{steps}-{name}-{seed}-{rate:.1e}", run)
 
 
 Results = dict[str, list[dict[str, Any]]]
@@ -229,7 +237,7 @@ def report(results: Results, rates: Mapping[str, float], steps: int, command: st
         f"\n{'arm':<9} {'lr':>8} {'held-out loss':>26} {'minus full':>26} {'MB':>6} {'state MB':>9} {'ms':>6}"
     )
     for name, found in sorted(results.items(), key=lambda item: interval(losses_of(item[1])).mean):
-        gap = paired(results, name, "full") if name != "full" else ""
+        gap = paired(results, name, "full") if "full" in results and name != "full" else ""
         last = found[-1]
         print(
             f"{name:<9} {rates[name]:>8.1e} {interval(losses_of(found))!s:>26} {gap!s:>26} "
@@ -240,7 +248,8 @@ def report(results: Results, rates: Mapping[str, float], steps: int, command: st
         if first in results and second in results:
             found = paired(results, first, second)
             words = f"the held-out loss is lower than that of {second} ({first} minus {second})"
-            measured = {name: summary(results[name], rates[name]) for name in (first, second, "full")}
+            named = [name for name in (first, second, "full") if name in results]
+            measured = {name: summary(results[name], rates[name]) for name in named}
             claim = Claim(paper, words, scale, measured, found, below_zero(found), command)
             print(f"{first} below {second}: {found}  {claim.verdict}")
             claim.write(f"pretrain-{first}")
