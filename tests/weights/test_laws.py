@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rankfold.weights import ColumnNormalized, Dropped, Leaf, Normalized, Weight
+from rankfold.weights import ColumnNormalized, Dropped, Leaf, Normalized, Tucker, Weight, trained
 
 TOLERANCE = 1e-8
 
@@ -119,12 +119,24 @@ def test_rows_are_those_of_the_matrix(weight: Weight, numbers: list[int]) -> Non
 def test_the_small_form_multiplies_to_the_matrix_and_has_the_rank_that_is_announced(weight: Weight) -> None:
     assume(is_well_conditioned(weight))
     pair, rank = weight.factored(), weight.small_rank()
-    assert (pair is None) == (rank is None)
+    # A kernel in Tucker form is a product of two, too, but is not evaluated by it: no rank is announced.
+    kernel = any(isinstance(part, Tucker) and len(part.factors) > 2 for part in weight.modules())
+    assert (pair is None) == (rank is None) or kernel
     if pair is not None:
         up, down = pair
-        assert up.shape == (weight.shape[0], rank)
-        assert down.shape == (rank, weight.shape[1])
+        assert up.shape[1] == down.shape[0] == (up.shape[1] if kernel and rank is None else rank)
+        assert (up.shape[0], down.shape[1]) == weight.shape
         assert_close(up @ down, weight.dense())
+
+
+def test_a_kernel_in_tucker_form_announces_no_rank_and_still_is_a_product_of_two() -> None:
+    leaves = [
+        trained(normal(*size), name) for size, name in (((2, 3, 2), "core"), ((5, 2), "up"), ((4, 3), "in"))
+    ]
+    weight = Tucker(leaves[0], [*leaves[1:], trained(normal(3, 2), "window")])
+    assert weight.small_rank() is None
+    up, down = weight.factored()
+    assert_close(up @ down, weight.dense())
 
 
 @given(expressions(dtype=torch.float32), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
