@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import Incompatible, InvalidOption
 from ..layers import StructuredLayer
 from ..linalg import factored_svd
+from ..optim.seeds import hashed
 from ..statistics import WeightStatistics
 from ..weights import Base, Dense, Dropped, Gates, Pooled, Weight
 from .registry import Method
@@ -92,8 +93,7 @@ class Planned:
 
 def derived_seed(seed: int, *names: str) -> int:
     """Return a seed that depends on the seed and the names only, never on an order of construction."""
-    digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return hashed(seed, *names)
 
 
 @dataclass(frozen=True, kw_only=True)
