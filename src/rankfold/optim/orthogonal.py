@@ -14,7 +14,7 @@ from ..errors import InvalidOption
 from .inner import Adam
 from .matrices import Work, floating, matrix_shape, named
 from .refusals import require_gradients, require_shape
-from .rounding import HALF
+from .state import keep_precision
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -111,12 +111,7 @@ class Muon(Optimizer):
             ValueError: the groups differ.
         """
         super().load_state_dict(state_dict)
-        order = [p for group in self.param_groups for p in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, parameter in zip(numbers, order, strict=True):
-            stored = state_dict["state"].get(number, {}) if parameter.dtype in HALF else {}
-            for key, value in stored.items():
-                self.state[parameter][key] = value.detach().clone().to(parameter.device)
+        keep_precision(self, state_dict)
 
 
 def _local(gradient: Any) -> Tensor:

@@ -26,6 +26,7 @@ from .refusals import (
 )
 from .residuals import RESIDUALS, Residual, Split
 from .rounding import HALF
+from .state import keep_precision
 
 
 class ProjectedOptimizer(Optimizer):
@@ -328,15 +329,7 @@ class ProjectedOptimizer(Optimizer):
         own = [{**group, "parts": self._parts()} for group in self.param_groups]
         require_same(state_dict["param_groups"], own)
         super().load_state_dict(state_dict)
-        order = [p for group in self.param_groups for p in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, parameter in zip(numbers, order, strict=True):
-            stored = state_dict["state"].get(number)
-            if stored is not None:
-                self.state[parameter] = {
-                    key: value.detach().clone().to(_place(key, value, parameter))
-                    for key, value in stored.items()
-                }
+        keep_precision(self, state_dict)
 
 
 class _Handles:
@@ -351,9 +344,3 @@ class _Handles:
         """Remove them all."""
         for handle in self._handles:
             handle.remove()
-
-
-def _place(key: str, value: Tensor, parameter: Tensor) -> torch.device:
-    """Return where a tensor of the state lives: counters and shapes on the CPU, the rest by the weight."""
-    is_read = key == "shape" or (value.dim() == 0 and not value.is_floating_point())
-    return value.device if is_read else parameter.device

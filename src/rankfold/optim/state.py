@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,26 @@ def first_moments(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 def second_moments(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """Return the moments that are quadratic in the gradient."""
     return {k: v for k, v in moments(optimizer, parameter).items() if k in _SECOND}
+
+
+def keep_precision(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Put a state that was just loaded back into its own precision; PyTorch gives it that of the weights.
+
+    Counters and shapes stay on the CPU; the rest goes beside the weights.
+    """
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, order, strict=True):
+        stored = state_dict["state"].get(number)
+        if stored is not None:
+            optimizer.state[parameter] = {
+                key: value.detach().clone().to(_place(key, value, parameter)) for key, value in stored.items()
+            }
+
+
+def _place(key: str, value: Tensor, parameter: Tensor) -> torch.device:
+    is_read = key == "shape" or (value.dim() == 0 and not value.is_floating_point())
+    return value.device if is_read else parameter.device
 
 
 @torch.no_grad()
