@@ -281,6 +281,21 @@ def test_the_rest_itself_and_what_is_kept_are_the_gradient(projector: str) -> No
     torch.testing.assert_close(moved(parameter, optimizer, gradient), -0.1 * gradient)
 
 
+def test_every_column_of_the_rest_is_scaled_as_adam_scaled_what_was_kept_of_it() -> None:
+    parameter, optimizer = one(residual=Scaled(growth=math.inf), scale=0.25)
+    mean, square = torch.zeros(2, 10).double(), torch.zeros(2, 10).double()
+    for step in range(1, 4):
+        gradient = drawn(6, 10, seed=step) * torch.logspace(-2, 2, 10)
+        change = moved(parameter, optimizer, gradient)
+        basis = optimizer.state[parameter]["basis.basis"]
+        low = basis.T @ gradient
+        mean, square = 0.9 * mean + 0.1 * low, 0.999 * square + 0.001 * low**2
+        adam = mean / (square.sqrt() + 1e-8) * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+        phi = adam.norm(dim=0) / low.norm(dim=0)
+        wanted = -0.1 * (0.25 * basis @ adam + (gradient - basis @ low) * phi)
+        torch.testing.assert_close(change, wanted.to(change), atol=1e-6, rtol=1e-5)
+
+
 def test_the_scaled_rest_has_full_rank_and_grows_by_a_limited_factor() -> None:
     parameter, optimizer = one(residual="scaled", scale=0.25)
     sizes = []
