@@ -339,9 +339,10 @@ def test_a_resumed_run_keeps_its_settings_and_its_text(small: PretrainConfig, tm
         pretrain(config, progress=False)
     with pytest.raises(InvalidOption, match=r"optimizer was 'adamw' .* and is 'fira' now"):
         pretrain(replace(config, optimizer="fira"), resume=True, progress=False)
-    before = _weights(config.out)
+    before, measured = _weights(config.out), Path(str(config.out), "result.json").read_text()
     pretrain(config, resume=True, progress=False)
     assert _same(before, _weights(config.out))
+    assert json.loads(Path(str(config.out), "result.json").read_text()) == json.loads(measured)
     file.write_text(file.read_text() + "\nanother line, and another one, and one more of them")
     with pytest.raises(InvalidOption, match="not the one that the run in"):
         pretrain(config, resume=True, progress=False)

@@ -31,7 +31,7 @@ from rankfold.training.metrics import Score
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer
 
-FACTS = "text.json"
+FACTS, RESULT = "text.json", "result.json"
 LAUNCHER_SHARDS = "ACCELERATE_USE_FSDP"  # is set by `accelerate launch --use_fsdp`
 WIDTHS = {"float32": 4, "bfloat16": 2, "mixed": 2}  # bytes of a number that is computed with
 
@@ -175,9 +175,19 @@ def _leave(
             draw_curves(found, plan.title, path / "loss.png")
 
     with silence():
-        folder.finish(save, result.to_dict())
+        folder.finish(save, _measured_once(result, folder.path / RESULT))
     if not drawn:
         notify("no picture of the loss was drawn: pip install 'rankfold[plots]'")
+
+
+def _measured_once(result: PretrainResult, file: Path) -> dict[str, Any]:
+    """Return a result as data, with what was measured before where no step was left to take."""
+    found = result.to_dict()
+    if result.trained_tokens or not file.is_file():
+        return found
+    before = json.loads(file.read_text(encoding="utf-8"))
+    measured = ("seconds", "tokens_per_second", "memory", "peak_memory", "before")
+    return {**found, **{key: before[key] for key in measured if key in before}}
 
 
 def _plan(model: "PreTrainedModel", prepared: Prepared, processes: int, shards: bool) -> PretrainPlan:
