@@ -1,7 +1,7 @@
 """What a pretraining run would do, and what it did."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ class PretrainResult:
         after: likewise, when it was trained.
         reason: why the model is in Rankfold's form, or None where it is a stock one.
         numbers: of the model before it was folded: stored, active and deployed.
+        earlier: what `to_dict` takes from the run before this one, where no step was left to take.
     """
 
     plan: PretrainPlan
@@ -101,6 +102,7 @@ class PretrainResult:
     after: Score
     reason: str | None
     numbers: Counts | None = None
+    earlier: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def loads_with(self) -> str:
@@ -141,12 +143,13 @@ class PretrainResult:
             "stock": self.reason is None,
             "reason": self.reason,
             "loads_with": self.loads_with,
+            **self.earlier,
         }
 
     def __str__(self) -> str:
         """Return the summary for a person."""
         lines = {
-            "time": f"{self.seconds:.1f} s, {self.speed:,.0f} tokens/s",
+            "time": f"{self.seconds:.1f} s, {self.speed:,.0f} tokens/s" if self.trained_tokens else "",
             "before": "" if self.before is None else str(self.before),
             "after": str(self.after),
             "numbers": "" if self.numbers is None else str(self.numbers),

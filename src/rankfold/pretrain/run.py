@@ -93,7 +93,10 @@ def pretrain(
     finished = whole_model(trainer, shards, begin)
     if finished is None or not trainer.is_world_process_zero():
         return result
-    result = replace(result, numbers=rf.count(finished), reason=fold_where_possible(finished))
+    earlier = {} if result.trained_tokens else _earlier(folder)
+    result = replace(
+        result, numbers=rf.count(finished), reason=fold_where_possible(finished), earlier=earlier
+    )
     _leave(folder, finished, prepared, trainer, result, notify)
     return result
 
@@ -175,19 +178,19 @@ def _leave(
             draw_curves(found, plan.title, path / "loss.png")
 
     with silence():
-        folder.finish(save, _measured_once(result, folder.path / RESULT))
+        folder.finish(save, result.to_dict())
     if not drawn:
         notify("no picture of the loss was drawn: pip install 'rankfold[plots]'")
 
 
-def _measured_once(result: PretrainResult, file: Path) -> dict[str, Any]:
-    """Return a result as data, with what was measured before where no step was left to take."""
-    found = result.to_dict()
-    if result.trained_tokens or not file.is_file():
-        return found
+def _earlier(folder: RunFolder) -> dict[str, Any]:
+    """Return what the run that a folder holds had measured, which no step is left to measure again."""
+    file = folder.path / RESULT
+    if not file.is_file():
+        return {}
     before = json.loads(file.read_text(encoding="utf-8"))
     measured = ("seconds", "tokens_per_second", "memory", "peak_memory", "before")
-    return {**found, **{key: before[key] for key in measured if key in before}}
+    return {key: before[key] for key in measured if key in before}
 
 
 def _plan(model: "PreTrainedModel", prepared: Prepared, processes: int, shards: bool) -> PretrainPlan:
