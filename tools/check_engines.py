@@ -2,9 +2,11 @@
 
 A tiny random Llama is adapted by several methods and exported in the portable form. vLLM's own loader reads
 every folder; SGLang's reads its configuration; for llama.cpp the folder is written as a GGUF adapter, whose
-names, shapes and scale are read back by its rule. Every reader must find the change that the expression
-makes, and must refuse DoRA in peft's full form, or find another change in it, to show that it looks. One line
-for every server; the exit status is 1 if one of them reads another change or cannot be asked.
+names, shapes, order and scale are read back by its rule. Every reader must find the change that the
+expression makes, and must refuse DoRA in peft's full form, or find another change in it, to show that it
+looks. Where llama-cpp-python is installed, it also runs the model with every adapter, and its logits must be
+those of the expressions. One line for every server; the exit status is 1 if one of them reads another change
+or cannot be asked.
 """
 
 import os
@@ -26,11 +28,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankfold as rf
+from rankfold.formats import gguf as gguf_form
 from rankfold.formats.files import read_json
 from rankfold.formats.portable import check
 from rankfold.layers import require
 
-LAYERS, LARGEST_RANK, CLOSE = 2, 64, 1e-5
+LAYERS, HEADS, KEY_HEADS, LARGEST_RANK, CLOSE = 2, 4, 2, 64, 1e-5
+BYTES = 256  # tokens of a vocabulary that llama.cpp accepts, after the three special ones
 METHODS = {
     "lora": {"alpha": 6, "rank": 4},
     "lora/pissa": {"rank": 4},
@@ -64,8 +68,8 @@ def same_changes(found: Changes, wanted: Changes) -> None:
 def base() -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2,
+        vocab_size=BYTES + 3, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS, initializer_range=0.2,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -168,30 +172,12 @@ class LlamaCpp:
         self._gguf, self._place = gguf, place
 
     def read(self, folder: Path) -> Changes:
-        names = self._names(tensor_pairs(load_file(folder / "adapter_model.safetensors")))
-        file = self._place / f"{folder.name}.gguf"
-        self._write(file, folder, names)
-        return self._read(file, {name: path for path, name in names.items()})
-
-    def _names(self, pairs: Mapping[str, object]) -> dict[str, str]:
-        table = self._gguf.get_tensor_name_map(self._gguf.MODEL_ARCH.LLAMA, LAYERS)
-        names = {path: table.get_name(f"{path}.weight", try_suffixes=(".weight",)) for path in pairs}
-        expect(all(names.values()), "a weight has no name in GGUF")
-        return names
-
-    def _write(self, file: Path, folder: Path, names: Mapping[str, str]) -> None:
-        writer = self._gguf.GGUFWriter(file, "llama")
-        writer.add_type(self._gguf.GGUFType.ADAPTER)
-        writer.add_string(self._gguf.Keys.Adapter.TYPE, "lora")
-        alpha = read_json(folder / "adapter_config.json")["lora_alpha"]
-        writer.add_float32(self._gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-        for path, pair in tensor_pairs(load_file(folder / "adapter_model.safetensors")).items():
-            for side, tensor in zip("ab", pair, strict=True):
-                writer.add_tensor(f"{names[path]}.lora_{side}", tensor.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        pairs = tensor_pairs(load_file(folder / "adapter_model.safetensors"))
+        config = read_json(folder / "adapter_config.json")
+        expect(config["lora_alpha"] == config["r"], "the scale is not folded in")
+        file, model = self._place / f"{folder.name}.gguf", base()
+        gguf_form.write(file, model, {path: (b, a) for path, (a, b) in pairs.items()})
+        return self._read(file, {name: path for path, name in gguf_form.check(model, pairs).items()})
 
     def _read(self, file: Path, paths: Mapping[str, str]) -> Changes:
         reader = self._gguf.GGUFReader(file)
@@ -201,8 +187,15 @@ class LlamaCpp:
         for name, path in paths.items():
             a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
             expect(a.shape[0] == b.shape[1], f"{name}: the ranks differ")
-            found[path] = alpha / b.shape[1] * b @ a
+            found[path] = alpha / b.shape[1] * self._in_order(name, b) @ a
         return found
+
+    def _in_order(self, name: str, rows: Tensor) -> Tensor:
+        """Undo the order in which llama.cpp has the rows of queries and keys: neighbours become halves."""
+        heads = {"attn_q": HEADS, "attn_k": KEY_HEADS}.get(name.split(".")[-2])
+        if heads is None:
+            return rows
+        return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def tensor_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -240,8 +233,74 @@ def ask(server: Callable[[Path], Vllm | Sglang | LlamaCpp], place: Path) -> str:
     return f"{len(METHODS)} adapters, {weights} weights read as written"
 
 
+# Running ----------------------------------------------------------------------------------------------
+
+
+def write_base(file: Path) -> None:
+    """Write the base model as llama.cpp reads it, with a vocabulary of bytes."""
+    import gguf
+
+    model = base()
+    config, writer = model.config, gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_HEADS)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_rope_dimension_count(config.hidden_size // HEADS)
+    writer.add_vocab_size(config.vocab_size)
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(BYTES))])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types([kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * BYTES])
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
+    for name, value in model.state_dict().items():
+        there = table.get_name(name, try_suffixes=(".weight",))
+        heads = {"attn_q": HEADS, "attn_k": KEY_HEADS}.get(there.split(".")[-2])
+        rows = value if heads is None else value[gguf_form.rotary_order(len(value), heads)]
+        writer.add_tensor(there, rows.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@torch.no_grad()
+def run_llama_cpp(place: Path) -> str:
+    """Let llama.cpp run the base with every adapter, and compare the logits."""
+    try:
+        import llama_cpp
+    except ImportError:
+        return "not installed, nothing was run"
+    tokens, largest = [1, 40, 7, 200, 100, 3, 90], 0.0
+    write_base(place / "base.gguf")
+    for method, options in METHODS.items():
+        model, file = adapted(method, **options), place / f"{method.replace('/', '-')}.gguf"
+        rf.export(model, file, "gguf")
+        engine = llama_cpp.Llama(
+            str(place / "base.gguf"), lora_path=str(file), n_ctx=64, logits_all=True, verbose=False
+        )
+        engine.eval(tokens)
+        found = torch.tensor(engine.scores[: len(tokens)])
+        wanted, plain = (m(torch.tensor([tokens])).logits[0] for m in (model, base()))
+        expect(float((wanted - plain).abs().max()) > 0.1, f"{method}: the adapter changes nothing")
+        largest = max(largest, float((found - wanted).abs().max() / wanted.abs().max()))
+        expect(largest < 1e-2, f"{method}: the logits are off by {largest:.1e}")  # its attention is in half
+    return f"{len(METHODS)} adapters run, logits off by {largest:.0e} at most"
+
+
 def main() -> int:
     failed = 0
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            print(f"llama-cpp-python: {run_llama_cpp(Path(place))}", flush=True)
+        except Exception as error:
+            failed += 1
+            print(f"llama-cpp-python: FAILED, {type(error).__name__}: {error}", flush=True)
     for server in (Vllm, Sglang, LlamaCpp):
         with tempfile.TemporaryDirectory() as place:
             try:

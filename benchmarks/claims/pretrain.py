@@ -28,7 +28,8 @@ from rankfold.pretrain.ladder import LADDER
 from rankfold.pretrain.memory import gradient_bytes, state_bytes, weight_bytes
 from rankfold.pretrain.optimizers import adamw, named_optimizer
 from rankfold.pretrain.text import read_corpus
-from rankfold.pretrain.tokens import Packed, pack, train_tokenizer
+from rankfold.pretrain.tokens import train_tokenizer
+from rankfold.training.packed import Packed, pack
 
 SIZE, TOKENS, LENGTH, BATCH = "1M", 500_000, 128, 8
 WARMUP, FLOOR, CLIP, HELD_OUT_BLOCKS = 0.1, 0.1, 1.0, 256

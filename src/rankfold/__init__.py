@@ -1,8 +1,9 @@
 """Rankfold: low-rank learning in PyTorch. Every weight is an expression."""
 
 from . import errors, optim, weights
+from .compression import CompressionReport, compress
 from .errors import RankfoldError
-from .formats import Report, export
+from .formats import Changes, Report, read_changes
 from .layers import (
     Summary,
     auxiliary_loss,
@@ -15,15 +16,18 @@ from .layers import (
     summary,
     use,
 )
+from .merging import MergeReport, merge
 from .methods import (
     Laziness,
     MatryoshkaHead,
     Method,
     Plan,
     Recipe,
+    SqueezeReport,
     absorb,
     adapt,
     attach,
+    export,
     find_method,
     intrinsic_dimension_of,
     keep_prefix,
@@ -46,13 +50,17 @@ from .training.callback import TrainerCallback
 from .version import __version__
 
 __all__ = [
+    "Changes",
+    "CompressionReport",
     "Laziness",
     "MatryoshkaHead",
+    "MergeReport",
     "Method",
     "Plan",
     "RankfoldError",
     "Recipe",
     "Report",
+    "SqueezeReport",
     "Statistics",
     "Summary",
     "TrainerCallback",
@@ -63,6 +71,7 @@ __all__ = [
     "auxiliary_loss",
     "checkpoint",
     "collect",
+    "compress",
     "count",
     "disabled",
     "errors",
@@ -77,12 +86,14 @@ __all__ = [
     "low_rank_recurrent_",
     "maestro_loss",
     "matryoshka_loss",
+    "merge",
     "methods",
     "nested_loss",
     "optim",
     "param_groups",
     "parse_point",
     "plan",
+    "read_changes",
     "remix_loss",
     "remove",
     "save",

@@ -238,7 +238,7 @@ def register(
 @cache
 def load_all() -> None:
     """Import every module of methods in the package, then those that other packages announce."""
-    for room in ("methods", "optim"):
+    for room in ("methods", "optim", "compression", "merging"):
         package = importlib.import_module(f"rankfold.{room}")
         for found in pkgutil.walk_packages(package.__path__, f"rankfold.{room}."):
             importlib.import_module(found.name)

@@ -13,7 +13,7 @@ from methods._layers import adapted, base, change, disturbed, leaves_of, linear,
 from torch import nn
 
 import rankfold as rf
-from rankfold.errors import Incompatible, InvalidOption, InvalidRank, NotAdapted
+from rankfold.errors import Incompatible, InvalidRank, NotAdapted
 
 
 def best(matrix: torch.Tensor, rank: int) -> torch.Tensor:
@@ -111,6 +111,14 @@ def test_without_a_rank_terms_of_which_a_factor_is_zero_go_and_others_stay_bit_f
     assert torch.equal(leaves_of(model)["up"], kept)
 
 
+@pytest.mark.parametrize("rank", [4, 9])
+def test_a_rank_that_is_not_smaller_leaves_the_factors_bit_for_bit(rank: int) -> None:
+    model = lora()
+    kept = {name: leaf.detach().clone() for name, leaf in leaves_of(model).items()}
+    rf.squeeze(model, rank)
+    assert all(torch.equal(leaf, kept[name]) for name, leaf in leaves_of(model).items())
+
+
 def test_of_a_zero_product_one_term_stays_that_can_train() -> None:
     for rank in (None, 2):
         model = rf.squeeze(adapted("lora", rank=4), rank)
@@ -198,11 +206,6 @@ def test_a_squeezed_adapter_is_exported_to_peft(tmp_path: Path) -> None:
 def test_an_impossible_rank_is_refused(rank: Any) -> None:
     with pytest.raises(InvalidRank, match="whole number"):
         rf.squeeze(lora(), rank)
-
-
-def test_a_folder_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(InvalidOption, match="load the folder"):
-        rf.squeeze(tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_model_without_an_adapter_is_refused() -> None:

@@ -5,8 +5,9 @@ import torch
 from training import tiny
 
 from rankfold.errors import FormatError, InvalidOption, MissingPath
-from rankfold.pretrain.tokens import SEPARATOR, collate, load_tokenizer, pack, train_tokenizer
+from rankfold.pretrain.tokens import SEPARATOR, load_tokenizer, train_tokenizer
 from rankfold.training.data import DataError
+from rankfold.training.packed import collate, pack
 
 TEXT = ("the cat sat on the mat", "the dog — le chien — sat on the cat")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.errors import UnsupportedLayer
-from rankfold.statistics import Statistics, collect
+from rankfold.statistics import REDUCERS, Statistics, collect
 
 BY_NAME = {host.name: host for host in KINDS}
 PATH = "blocks.1.up"
@@ -50,6 +50,65 @@ def test_means_grams_and_norms_of_activations_are_those_of_all_unmasked_tokens(
     assert found.tokens == len(x)
     assert found.batches == len(batches)
     assert found.shape == (8, 6)
+
+
+def test_the_covariance_and_the_absolute_mean_are_those_of_all_unmasked_tokens(
+    net: nn.Module, batches: list[Any], inputs_of: Record
+) -> None:
+    found = collect(net, batches, ("input_covariance", "input_absolute_mean"))[PATH]
+    x = kept_rows(inputs_of(net, net.get_submodule(PATH), batches), batches, 0)
+    close(found.get("input_covariance"), torch.cov(x.T, correction=0))
+    close(found.get("input_absolute_mean"), x.abs().mean(0))
+
+
+def test_a_large_mean_does_not_cancel_the_covariance_of_single_precision() -> None:
+    x = torch.randn(4, 64, 3, generator=torch.Generator().manual_seed(0)) + 1000
+    model = nn.Sequential(nn.Linear(3, 2))
+    entry = collect(model, list(x), ("input_covariance", "input_mean", "input_gram"))["0"]
+    wanted = torch.cov(x.double().flatten(0, 1).T, correction=0)
+    close(entry.get("input_covariance"), wanted, 1e-9)
+    mean, gram = entry.get("input_mean"), entry.get("input_gram")
+    assert (gram - mean[:, None] * mean - wanted).abs().max() > 0.05  # as the obvious formula does
+
+
+def test_parts_of_a_covariance_join_in_any_order_and_without_rows_change_nothing() -> None:
+    model = nn.Sequential(nn.Linear(3, 2)).double()
+    sizes = (1, 5, 2)
+    parts = [torch.randn(n, 3, dtype=torch.float64) + i for i, n in enumerate(sizes)]
+    each = [collect(model, [part], "input_covariance") for part in parts]
+    wanted = torch.cov(torch.cat(parts).T, correction=0)
+    for order in ((0, 1, 2), (2, 0, 1)):
+        merged = Statistics.merge(*(each[i] for i in order))
+        close(merged["0"].get("input_covariance"), wanted)
+    empty = REDUCERS["input_covariance"]()
+    whole = each[1]["0"].reducers[0].copy()
+    whole.merge(empty)
+    close(whole.value(1), torch.cov(parts[1].T, correction=0))
+    empty.merge(whole)
+    close(empty.value(1), torch.cov(parts[1].T, correction=0))
+
+
+def test_the_frequency_of_a_row_is_its_share_of_the_ids_that_are_not_padding() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.inner(ids)  # type: ignore[no-any-return]
+
+    batches = [
+        {"ids": torch.tensor([[1, 1, 4, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])},
+        {"ids": torch.tensor([[1, 3]])},
+    ]
+    found = collect(Model(), batches, "token_frequency", targets="re:.*0")["inner.0"]
+    close(found.get("token_frequency"), torch.tensor([0.0, 0.6, 0.0, 0.2, 0.2], dtype=torch.float64))
+    with pytest.raises(
+        UnsupportedLayer, match="counts the rows that are looked up, and this is no embedding"
+    ):
+        collect(Model(), batches, "token_frequency", targets="re:.*1")
 
 
 def test_the_gram_per_sample_divides_every_example_by_its_signed_maximum(

@@ -10,10 +10,13 @@ from typer.exceptions import TyperException
 
 import rankfold as rf
 from rankfold.cli.adapt import adapt
+from rankfold.cli.compress import compress
 from rankfold.cli.export import export
 from rankfold.cli.fold import fold
+from rankfold.cli.merge import merge
 from rankfold.cli.methods import methods
 from rankfold.cli.pretrain import pretrain
+from rankfold.cli.squeeze import squeeze
 from rankfold.errors import RankfoldError
 
 BAD_INPUT = 2
@@ -25,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (adapt, pretrain, methods, export, fold):
+for verb in (adapt, pretrain, compress, methods, export, fold, squeeze, merge):
     app.command()(verb)
 
 

@@ -37,7 +37,7 @@ def exact_change(expression: Weight) -> Pair | None:
     if not isinstance(expression, Sum):
         return None
     terms = list(expression.parts())
-    if not isinstance(terms[0], Base) or isinstance(terms[0], Moved) or terms[0].inner is not None:
+    if not _is_stored(terms[0]):
         return None
     pairs = [pair for pair in map(_pair, terms[1:]) if pair is not None]
     if len(pairs) < len(terms) - 1:
@@ -108,7 +108,7 @@ def _reflected(product: Product) -> Pair | None:
     base, *rest = list(product.factors)
     if len(rest) != 1 or not isinstance(rest[0], Reflections):
         return None
-    if not isinstance(base, Base) or isinstance(base, Moved) or base.inner is not None:
+    if not _is_stored(base):
         return None
     unit, core = rest[0].compact()
     return -(base.dense().to(unit.dtype) @ unit) @ core, unit.T
@@ -123,9 +123,17 @@ def direction_of(expression: Weight) -> tuple[Weight, Tensor] | None:
 
 @torch.no_grad()
 def dense_change(expression: Weight, base: Tensor) -> Tensor:
-    """Return `expression - W0` as a matrix in float32 or better."""
+    """Return `expression - W0` as a matrix in float32 or better; of a sum the rest, which cancels nothing."""
     dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+    terms = list(expression.parts()) if isinstance(expression, Sum) else []
+    if len(terms) > 1 and _is_stored(terms[0]):
+        return torch.stack([term.dense().to(dtype) for term in terms[1:]]).sum(0)
     return expression.dense().to(dtype) - base.to(dtype)
+
+
+def _is_stored(term: Weight) -> bool:
+    """Say whether a term is the model's own weight, as it is stored."""
+    return isinstance(term, Base) and not isinstance(term, Moved) and term.inner is None
 
 
 def truncated(pair: Pair, rank: int | None, max_error: float | None) -> tuple[Pair, float]:

@@ -6,13 +6,13 @@ import contextlib
 import copy
 import re
 from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..errors import Incompatible, InvalidOption, NotDense
+from ..errors import Incompatible, InvalidOption, NotDense, OutputExists
 from ..layers import (
     Adaptation,
     Adapter,
@@ -24,17 +24,31 @@ from ..layers import (
     require,
 )
 from ..weights import Moved, Pair, Pooled, Sum, Weight
-from . import card, peft, portable
+from . import card, gguf, native_peft, peft, portable
+from .approximate import Goal, Row, change_of, row_of
 from .change import Pair as Factors
-from .change import approximated, dense_change, direction_of, exact_change, truncated
-from .files import complete_folder, write_text
+from .change import direction_of, exact_change
+from .files import complete_file, complete_folder, write_text
 from .report import Report
 
-FORMATS = ("peft", "portable", "dense")
+FORMATS = ("peft", "portable", "dense", "gguf")
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What a writer is given: an adapter that stands alone on its base, how it is wanted, and the report."""
+
+    adaptation: Adaptation
+    adapter: Adapter
+    report: Report
+    goal: Goal
+    native: bool
+    dtype: str
+    drop_whole: bool
 
 
 def export(
@@ -45,40 +59,33 @@ def export(
     name: str | None = None,
     rank: int | None = None,
     max_error: float | None = None,
+    grams: Mapping[str, Tensor] | None = None,
+    native: bool = True,
+    dtype: str = "f32",
     overwrite: bool = False,
     drop_whole: bool = False,
 ) -> Report:
-    """Write an adapter in another tool's form; the model is not changed.
-
-    Changes of low rank are written exactly (a residual start of rank r as plain LoRA of rank 2 r), others by
-    their best approximation, whose error is reported for every weight and never hidden.
+    """Write an adapter in another tool's form, as `rankfold.export` does; it says what the arguments are.
 
     Args:
         model: an adapted model.
-        path: the folder to write.
-        format: "peft" (LoRA, DoRA or VeRA as peft stores them), "portable" (the plain LoRA that every server
-            reads alike) or "dense" (a stock checkpoint with the change folded in).
-        name: of the adapter; None takes the only or the active one.
-        rank: of the approximation; an exact change of higher rank is cut to it.
-        max_error: largest relative Frobenius error of a weight's change, in (0, 1); chooses the rank.
-        overwrite: replace a folder that is there.
-        drop_whole: leave modules trained whole out of the portable form, which cannot hold them.
+        path: the folder, or for "gguf" the file or folder.
+        format: one of `FORMATS`.
+        name: of the adapter.
+        rank: of the approximation.
+        max_error: largest relative error of a weight.
+        grams: Gram matrices (in, in) of the inputs by path, which weigh the approximations.
+        native: write other methods than LoRA as peft stores them.
+        dtype: of the tensors in a GGUF file, "f32" or "f16".
+        overwrite: replace what is there.
+        drop_whole: leave out modules trained whole.
 
     Raises:
         Incompatible: the form cannot hold the adapter.
-        InvalidOption: a change is not of low rank and neither `rank` nor `max_error` is given, or both are.
+        InvalidOption: the arguments make no sense together, or a change is not of low rank.
         OutputExists: the folder is there.
     """
-    if format not in FORMATS:
-        raise InvalidOption(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
-    if rank is not None and rank < 1:
-        raise InvalidOption(f"rank must be at least 1, not {rank}")
-    if max_error is not None and not 0 < max_error < 1:
-        raise InvalidOption(f"max_error must lie between 0 and 1, not {max_error}")
-    if format == "dense" and (rank, max_error) != (None, None):
-        raise InvalidOption("the dense form is exact: leave rank= and max_error= away")
-    if rank is not None and max_error is not None:
-        raise InvalidOption("rank= and max_error= both choose the rank; pass one of them")
+    check_options(format, rank, max_error, data=bool(grams), dtype=dtype)
     adaptation = require(model)
     adapter = adaptation.adapter(name)
     if format != "dense" and (adapter.scratch or adapter.record.get("train") == ["all"]):
@@ -87,18 +94,58 @@ def export(
             'format="dense"'
         )
     report = Report(format, str(path))
-    with complete_folder(path, overwrite=overwrite) as folder, _alone(adaptation, adapter):
-        if format == "dense":
-            _write_dense(model, folder, report, adapter)
+    goal = Goal(rank, max_error, dict(grams or {}))
+    task = Task(adaptation, adapter, report, goal, native, dtype, drop_whole)
+    with alone(adaptation, adapter):
+        if format == "gguf" and Path(path).suffix == ".gguf":
+            with _complete_file(Path(path), overwrite=overwrite) as file:
+                _write_gguf(task, file)
         else:
-            writer = _write_peft if format == "peft" else _write_portable
-            writer(adaptation, adapter, folder, report, rank, max_error, drop_whole)
-            _write_card(adaptation, adapter, folder, report)
+            with complete_folder(path, overwrite=overwrite) as folder:
+                _WRITERS[format](task, folder)
     return report
 
 
+def check_options(
+    format: str, rank: int | None, max_error: float | None, *, data: bool = False, dtype: str = "f32"
+) -> None:
+    """Refuse arguments that make no sense.
+
+    Raises:
+        InvalidOption: naming them.
+    """
+    if format not in FORMATS:
+        raise InvalidOption(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
+    if rank is not None and rank < 1:
+        raise InvalidOption(f"rank must be at least 1, not {rank}")
+    if max_error is not None and not 0 < max_error < 1:
+        raise InvalidOption(f"max_error must lie between 0 and 1, not {max_error}")
+    if format == "dense" and (rank is not None or max_error is not None or data):
+        raise InvalidOption("the dense form is exact: leave rank=, max_error= and data= away")
+    if rank is not None and max_error is not None:
+        raise InvalidOption("rank= and max_error= both choose the rank; pass one of them")
+    if data and rank is None and max_error is None:
+        raise InvalidOption("data= weighs an approximation, and none is asked for: pass rank= or max_error=")
+    if dtype not in gguf.DTYPES:
+        raise InvalidOption(f"dtype must be one of {', '.join(gguf.DTYPES)}, not {dtype!r}")
+    if dtype != "f32" and format != "gguf":
+        raise InvalidOption(
+            f"dtype= chooses the numbers of a GGUF file; the {format} form keeps the adapter's"
+        )
+
+
 @contextlib.contextmanager
-def _alone(adaptation: Adaptation, adapter: Adapter) -> Iterator[None]:
+def _complete_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary file that takes the place of `path` when the block ends without an error."""
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise OutputExists(f"{path} exists; pass overwrite=True (--overwrite) to replace a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with complete_file(path) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def alone(adaptation: Adaptation, adapter: Adapter) -> Iterator[None]:
     """Within the block the adapter stands on the base itself, not on another adapter."""
     active = adaptation.active
     if active == (adapter.name,):
@@ -114,9 +161,9 @@ def _alone(adaptation: Adaptation, adapter: Adapter) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _write_dense(model: nn.Module, folder: Path, report: Report, adapter: Adapter) -> None:
-    plain = fold(copy.deepcopy(model))
-    report.rows += [{"weight": p, "rank": None, "exact": True, "error": 0.0} for p in adapter.paths]
+def _write_dense(task: Task, folder: Path) -> None:
+    plain = fold(copy.deepcopy(task.adaptation.root))
+    task.report.rows += [row_of(path, None) for path in task.adapter.paths]
     save = getattr(plain, "save_pretrained", None)
     if callable(save):
         save(folder)
@@ -126,10 +173,14 @@ def _write_dense(model: nn.Module, folder: Path, report: Report, adapter: Adapte
         save_model(plain, str(folder / "model.safetensors"))
 
 
-def _write_card(adaptation: Adaptation, adapter: Adapter, folder: Path, report: Report) -> None:
+def _write_card(task: Task, folder: Path) -> None:
+    report, root = task.report, task.adaptation.root
     notes = {"format": report.format, "largest relative error": f"{report.largest_error:.3g}"}
-    base = {"name": _base_name(adaptation.root), "class": type(adaptation.root).__name__}
-    write_text(folder / "README.md", card.model_card({**adapter.record, "base": base}, notes, library="peft"))
+    if report.largest_output_error is not None:
+        notes["largest relative error of outputs"] = f"{report.largest_output_error:.3g}"
+    base = {"name": _base_name(root), "class": type(root).__name__}
+    text = card.model_card({**task.adapter.record, "base": base}, notes, library="peft")
+    write_text(folder / "README.md", text)
 
 
 def _base_name(model: nn.Module) -> str:
@@ -146,29 +197,38 @@ def _options(adaptation: Adaptation) -> dict[str, Any]:
 # peft -------------------------------------------------------------------------------------------------
 
 
-def _write_peft(
-    adaptation: Adaptation,
-    adapter: Adapter,
-    folder: Path,
-    report: Report,
-    rank: int | None,
-    max_error: float | None,
-    _: bool,
-) -> None:
+def _write_peft(task: Task, folder: Path) -> None:
+    adaptation, adapter = task.adaptation, task.adapter
     expressions = _checked(adaptation, adapter, "peft")
-    if rank is None and max_error is None and (vera := _as_vera(adaptation, adapter, expressions)):
-        written = vera
-        report.rows += [_row(p, written.rank(p)) for p in expressions]
+    whole = {key: value.detach() for key, value in adaptation.whole(adapter.name).items()}
+    refuse_tied(adaptation.root, whole.keys())
+    options = _options(adaptation) | _unambiguous(adaptation.root, list(expressions))
+    if whole:
+        options["modules_to_save"] = sorted({str(m) for m in adapter.record.get("train", ())})
+    found = _natively(task, expressions)
+    if found is not None:
+        found.whole, found.options = whole, options
+        native_peft.write(folder, found)
+        task.report.method = found.kind
+        task.report.rows += [row_of(path, found.ranks[path]) for path in expressions]
     else:
-        written = _as_lora(adaptation, expressions, report, rank, max_error)
-    written.whole = {k: v.detach() for k, v in adaptation.whole(adapter.name).items()}
-    refuse_tied(adaptation.root, written.whole.keys())
-    transposed = [isinstance(adaptation.layers[path], StructuredTransposedLinear) for path in expressions]
-    written.options |= _options(adaptation) | {"fan_in_fan_out": any(transposed)}
-    written.options |= _unambiguous(adaptation.root, list(expressions))
-    if written.whole:
-        written.options["modules_to_save"] = sorted({str(m) for m in adapter.record.get("train", ())})
-    peft.write(folder, written)
+        written = _as_vera(task, expressions) or _as_lora(task, expressions)
+        written.whole = whole
+        transposed = [isinstance(adaptation.layers[path], StructuredTransposedLinear) for path in expressions]
+        written.options |= options | {"fan_in_fan_out": any(transposed)}
+        task.report.method = written.kind
+        peft.write(folder, written)
+    _write_card(task, folder)
+
+
+def _natively(task: Task, expressions: Mapping[str, Weight]) -> native_peft.Native | None:
+    """Return the adapter in its own method of peft, or None where peft has none that is the same map."""
+    if not task.native or not task.goal.exact:
+        return None
+    layers = {path: task.adaptation.layers[path] for path in expressions}
+    if not all(native_peft.is_plain(layer) for layer in layers.values()):
+        return None
+    return native_peft.found(task.adapter.record, expressions, layers)
 
 
 def refuse_tied(model: nn.Module, whole: Set[str]) -> None:
@@ -193,10 +253,6 @@ def _unambiguous(model: nn.Module, paths: list[str]) -> dict[str, Any]:
     if not any(name.endswith(f".{path}") for path in paths for name in names):
         return {}
     return {"target_modules": "|".join(re.escape(path) for path in sorted(paths))}
-
-
-def _row(path: str, rank: int, error: float = 0.0, exact: bool = True) -> dict[str, Any]:
-    return {"weight": path, "rank": rank, "exact": exact, "error": error}
 
 
 def _checked(adaptation: Adaptation, adapter: Adapter, form: str) -> dict[str, Weight]:
@@ -240,9 +296,10 @@ def kind_and_window(layer: StructuredLayer) -> tuple[str, tuple[int, ...]]:
     return "linear", ()
 
 
-def _as_vera(
-    adaptation: Adaptation, adapter: Adapter, expressions: Mapping[str, Weight]
-) -> peft.PeftAdapter | None:
+def _as_vera(task: Task, expressions: Mapping[str, Weight]) -> peft.PeftAdapter | None:
+    adaptation, adapter = task.adaptation, task.adapter
+    if not task.native or not task.goal.exact:
+        return None
     if set(adapter.shared) != {"up", "down"} or not all(_is_vera(e) for e in expressions.values()):
         return None
     if any(kind_and_window(adaptation.layers[p])[0] != "linear" for p in expressions):
@@ -253,7 +310,9 @@ def _as_vera(
     if len({leaves["d"].shape for leaves in layers.values()}) > 1:
         return None  # peft's VeRA has one rank for all layers
     shared = {key: getattr(adaptation.root, attribute) for key, attribute in adapter.shared.items()}
-    return peft.PeftAdapter("VERA", layers, dict.fromkeys(layers, "linear"), shared=shared)
+    written = peft.PeftAdapter("VERA", layers, dict.fromkeys(layers, "linear"), shared=shared)
+    task.report.rows += [row_of(p, written.rank(p)) for p in expressions]
+    return written
 
 
 def _is_vera(expression: Weight) -> bool:
@@ -264,39 +323,33 @@ def _is_vera(expression: Weight) -> bool:
     )
 
 
-def _as_lora(
-    adaptation: Adaptation,
-    expressions: Mapping[str, Weight],
-    report: Report,
-    rank: int | None,
-    max_error: float | None,
-) -> peft.PeftAdapter:
+def _as_lora(task: Task, expressions: Mapping[str, Weight]) -> peft.PeftAdapter:
     written = peft.PeftAdapter("LORA", {}, {})
     for path, expression in expressions.items():
-        layer = adaptation.layers[path]
-        leaves, alpha, row = _lora_leaves(path, expression, layer, rank, max_error)
+        layer = task.adaptation.layers[path]
+        leaves, alpha, row = _lora_leaves(path, expression, layer, task)
         written.layers[path], written.alphas[path] = leaves, alpha
         written.kinds[path], written.windows[path] = kind_and_window(layer)
-        report.rows.append(row)
+        task.report.rows.append(row)
     return written
 
 
 def _lora_leaves(
-    path: str, expression: Weight, layer: StructuredLayer, rank: int | None, max_error: float | None
-) -> tuple[dict[str, Tensor], float, dict[str, Any]]:
+    path: str, expression: Weight, layer: StructuredLayer, task: Task
+) -> tuple[dict[str, Tensor], float, Row]:
     """Return the leaves of one layer on disk, its alpha, and the report's row."""
-    normalised = direction_of(expression)
-    if normalised is not None and rank is None and max_error is None:
+    normalised = direction_of(expression) if task.native and task.goal.exact else None
+    if normalised is not None:
         direction, magnitude = normalised
         pair = exact_change(direction)
         if pair is not None:
             leaves = {"up": pair[0], "down": pair[1], "magnitude": magnitude}
-            return leaves, float(pair[0].shape[1]), _row(path, pair[0].shape[1])
-    single = _single_pair(expression) if rank is None and max_error is None else None
+            return leaves, float(pair[0].shape[1]), row_of(path, pair[0].shape[1])
+    single = _single_pair(expression) if task.goal.exact else None
     if single is not None:
         up, down = single.up.dense().detach(), single.down.dense().detach()
-        return {"up": up, "down": down}, single.scale * down.shape[0], _row(path, down.shape[0])
-    pair, row = change_of(path, expression, layer, rank, max_error)
+        return {"up": up, "down": down}, single.scale * down.shape[0], row_of(path, down.shape[0])
+    pair, row = change_of(path, expression, layer, task.goal)
     return {"up": pair[0], "down": pair[1]}, float(pair[0].shape[1]), row
 
 
@@ -310,60 +363,57 @@ def _single_pair(expression: Weight) -> Pair | None:
     return pairs[0] if isinstance(expression, Sum) else None
 
 
-@torch.no_grad()
-def change_of(
-    path: str, expression: Weight, layer: StructuredLayer, rank: int | None, max_error: float | None
-) -> tuple[Factors, dict[str, Any]]:
-    """Return up and down of a weight's change, scale folded in, and the report's row.
+# plain LoRA of linear layers -----------------------------------------------------------------------------
+
+
+def _plain_changes(task: Task, form: str) -> dict[str, Factors]:
+    """Return up and down of every weight, for a form that holds nothing but LoRA of linear layers.
 
     Raises:
-        InvalidOption: the change is not of low rank and neither `rank` nor `max_error` is given.
+        Incompatible: something in the adapter is no such thing.
     """
-    exact = exact_change(expression)
-    if exact is not None:
-        full = exact[0].shape[1]
-        if max_error is None and (rank is None or rank >= full):
-            return exact, _row(path, full)
-        pair, error = truncated(exact, rank, max_error)
-    elif rank is None and max_error is None:
-        raise InvalidOption(
-            f"{path}: this change is not of low rank; pass rank= or max_error= for its best approximation"
-        )
-    else:
-        pair, error = approximated(dense_change(expression, layer.matrix()), rank, max_error)
-    return pair, _row(path, pair[0].shape[1], error, exact=error == 0)
-
-
-# portable ---------------------------------------------------------------------------------------------
-
-
-def _write_portable(
-    adaptation: Adaptation,
-    adapter: Adapter,
-    folder: Path,
-    report: Report,
-    rank: int | None,
-    max_error: float | None,
-    drop_whole: bool,
-) -> None:
-    expressions = _checked(adaptation, adapter, "portable")
+    adaptation = task.adaptation
+    expressions = _checked(adaptation, task.adapter, form)
     for path in expressions:
         if kind_and_window(adaptation.layers[path])[0] != "linear":
             raise Incompatible(
                 f"{path}: servers read LoRA of linear layers only; leave it out of targets or export dense"
             )
-        if isinstance(adaptation.layers[path], StructuredTransposedLinear):
+    whole = sorted(adaptation.whole(task.adapter.name))
+    if whole and not task.drop_whole:
+        raise Incompatible(
+            f"the {form} form cannot hold {whole[0]}, which was trained whole; pass drop_whole=True"
+        )
+    task.report.dropped += whole
+    pairs = {}
+    for path, expression in expressions.items():
+        pairs[path], row = change_of(path, expression, adaptation.layers[path], task.goal)
+        task.report.rows.append(row)
+    return pairs
+
+
+def _write_portable(task: Task, folder: Path) -> None:
+    for path in task.adapter.paths:
+        if isinstance(task.adaptation.layers.get(path), StructuredTransposedLinear):
             raise Incompatible(
                 f"{path}: servers want fan_in_fan_out unset, which transformers' Conv1D layers need"
             )
-    whole = sorted(adaptation.whole(adapter.name))
-    if whole and not drop_whole:
-        raise Incompatible(
-            f"the portable form cannot hold {whole[0]}, which was trained whole; pass drop_whole=True"
-        )
-    report.dropped += whole
-    pairs = {}
-    for path, expression in expressions.items():
-        pairs[path], row = change_of(path, expression, adaptation.layers[path], rank, max_error)
-        report.rows.append(row)
-    portable.write(folder, pairs, _options(adaptation))
+    pairs = _plain_changes(task, "portable")
+    portable.write(folder, pairs, _options(task.adaptation))
+    _write_card(task, folder)
+
+
+def _write_gguf(task: Task, file: Path) -> None:
+    root = task.adaptation.root
+    gguf.check(root, task.adapter.paths)
+    pairs = _plain_changes(task, "gguf")
+    gguf.write(file, root, pairs, dtype=task.dtype, base=_base_name(root))
+
+
+def _write_gguf_folder(task: Task, folder: Path) -> None:
+    _write_gguf(task, folder / gguf.FILE)
+
+
+_WRITERS = {
+    "peft": _write_peft, "portable": _write_portable, "gguf": _write_gguf_folder, "dense": _write_dense,
+}  # fmt: skip

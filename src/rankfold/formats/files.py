@@ -159,9 +159,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors, sorted by name, so that equal tensors give equal bytes."""
     from safetensors.torch import save_file
 
-    plain = {key: tensors[key].detach().to("cpu").contiguous().clone() for key in sorted(tensors)}
+    plain = _separate(tensors)
     with complete_file(path) as partial:
         save_file(plain, str(partial), metadata={"format": "pt"})
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with memory of their own, sorted by name; what has it already is not copied."""
+    plain, seen = dict[str, Tensor](), set[int]()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        plain[key] = tensor
+    return plain
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

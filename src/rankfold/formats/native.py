@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import BaseMismatch, FormatError, MissingPath
 from ..layers import Adaptation, StructuredLayer, kind_of
-from ..weights import adopt_ranks, adopt_selections
+from ..weights import Weight, adopt_ranks, adopt_selections, owned
 from ..weights.kernels import at_least_float32
 from . import card
 from .files import (
@@ -81,13 +81,43 @@ def fill(adaptation: Adaptation, name: str, tensors: Mapping[str, Tensor]) -> No
             value.copy_(tensors[key])
 
 
+def fill_expression(path: str, expression: Weight, leaves: Mapping[str, Tensor]) -> None:
+    """Copy values into the leaves of one expression.
+
+    Args:
+        path: of the weight, for the sentence.
+        expression: whose leaves are filled.
+        leaves: by the leaves' names.
+
+    Raises:
+        FormatError: names or shapes differ; nothing is copied then.
+    """
+    places = check_expression(path, expression, leaves)
+    with torch.no_grad():
+        for leaf, value in places.items():
+            value.copy_(leaves[leaf])
+
+
+def check_expression(path: str, expression: Weight, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Compare names and shapes with the leaves of one expression, and return these by name.
+
+    Raises:
+        FormatError: they differ.
+    """
+    places = {leaf: getattr(module, attribute) for leaf, (module, attribute) in owned(expression).items()}
+    check_names({leaf: tuple(value.shape) for leaf, value in places.items()}, leaves, path)
+    return places
+
+
 def leaves_of(path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of one layer by leaf name."""
     start = f"{path}:"
     return {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
 
 
-def check_names(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+def check_names(
+    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], what: str = "the adapter file"
+) -> None:
     """Compare names and shapes.
 
     Raises:
@@ -95,11 +125,9 @@ def check_names(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, T
     """
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing:
-        raise FormatError(f"the adapter file lacks {missing[0]} ({len(missing)} tensors missing)")
+        raise FormatError(f"{what} lacks {missing[0]} ({len(missing)} tensors missing)")
     if extra:
-        raise FormatError(
-            f"the adapter file holds {extra[0]}, which its recipe does not have ({len(extra)} such)"
-        )
+        raise FormatError(f"{what} holds {extra[0]}, which its recipe does not have ({len(extra)} such)")
     for key, shape in expected.items():
         if tuple(tensors[key].shape) != tuple(shape):
             raise FormatError(f"{key} has shape {tuple(tensors[key].shape)} in the file, not {tuple(shape)}")
@@ -142,7 +170,7 @@ def base_of(model: nn.Module, layers: Mapping[str, StructuredLayer]) -> dict[str
 @torch.no_grad()
 def _fingerprint(layer: StructuredLayer) -> dict[str, Any]:
     if layer.is_released:
-        return {"shape": list(layer.shape), "sample": [], "rms": 0.0}
+        return {"shape": list(layer.shape), "sample": [], "rms": 0.0, **form_of(layer)}
     matrix = layer.matrix()
     rms = _root_mean_square(matrix)
     if not math.isfinite(rms):
@@ -151,7 +179,19 @@ def _fingerprint(layer: StructuredLayer) -> dict[str, Any]:
         "shape": list(matrix.shape),
         "sample": [float(f"{v:.6g}") for v in _sample(matrix)],
         "rms": float(f"{rms:.6g}"),
+        **form_of(layer),
     }
+
+
+def form_of(layer: StructuredLayer) -> dict[str, Any]:
+    """Return what a weight is where it is not that of a linear layer; a kernel's window with it."""
+    if layer.looked_up:
+        return {"kind": "embedding"}
+    if layer.materialised:
+        return {"kind": "attention projection"}
+    window = list(getattr(layer.op, "window", ()))
+    grouped = "grouped " if layer.op.groups > 1 else ""
+    return {"kind": f"{grouped}convolution", "window": window} if window else {}
 
 
 def _root_mean_square(matrix: Tensor) -> float:

@@ -50,15 +50,15 @@ def write(folder: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], options: Map
         raise Incompatible(
             f"rank {rank} is above {LARGEST_RANK}, the most that servers take; pass rank= or max_error="
         )
-    layers = {path: _padded(*pair, rank) for path, pair in pairs.items()}
+    layers = {path: padded(*pair, rank) for path, pair in pairs.items()}
     last_names = sorted({path.rpartition(".")[2] for path in pairs})
     settings = {**options, "target_modules": last_names}
     peft.write(folder, peft.PeftAdapter("LORA", layers, dict.fromkeys(pairs, "linear"), options=settings))
     return rank
 
 
-def _padded(up: Tensor, down: Tensor, rank: int) -> dict[str, Tensor]:
-    """Fill both factors with zeros up to a rank, which is alpha too, for a scale of 1."""
+def padded(up: Tensor, down: Tensor, rank: int) -> dict[str, Tensor]:
+    """Return both factors, filled with zeros up to a rank, which is alpha too for a scale of 1."""
     missing = rank - up.shape[1]
     pad = torch.nn.functional.pad
     return {"up": pad(up, (0, missing)), "down": pad(down, (0, 0, 0, missing))}

@@ -12,10 +12,12 @@ class Report:
     """What an export did.
 
     Attributes:
-        format: "peft", "portable" or "dense".
-        path: the folder.
-        rows: per weight: its path `weight`, the `rank` written, whether it is `exact`, and the relative
-            Frobenius `error` of the change.
+        format: "peft", "portable", "gguf" or "dense".
+        path: the folder or file.
+        method: peft's name of the method that was written, "" outside its format.
+        rows: per weight: its path `weight`, the `rank` written, whether it is `exact`, the relative
+            Frobenius `error` of the change and, where data weighed it, the relative `output_error` on them;
+            None for a weight whose inputs have no Gram matrix.
         dropped: names of tensors that the format cannot hold and that were left out because that was asked
             for.
     """
@@ -24,6 +26,7 @@ class Report:
     path: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    method: str = ""
 
     @property
     def exact(self) -> bool:
@@ -35,13 +38,26 @@ class Report:
         """The largest relative error of a weight's change."""
         return max((row["error"] for row in self.rows), default=0.0)
 
+    @property
+    def largest_output_error(self) -> float | None:
+        """The largest relative error of a weight's outputs on the data, or None without data."""
+        known = [row["output_error"] for row in self.rows if row.get("output_error") is not None]
+        return max(known, default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        return {"format": self.format, "path": self.path, "rows": self.rows, "dropped": self.dropped}
+        return {
+            "format": self.format,
+            "path": self.path,
+            "method": self.method,
+            "rows": self.rows,
+            "dropped": self.dropped,
+        }
 
     def __str__(self) -> str:
         """Return a table, or one line where all is exact."""
-        head = f"{self.format}: {len(self.rows)} weights written to {self.path}"
+        form = f"{self.format} ({self.method})" if self.method else self.format
+        head = f"{form}: {len(self.rows)} weights written to {self.path}"
         tail = [f"left out: {', '.join(self.dropped)}"] if self.dropped else []
         if self.exact:
             return "\n".join([f"{head}, all exact", *tail])
@@ -50,4 +66,8 @@ class Report:
 
 
 def _quality(row: Mapping[str, Any]) -> str:
-    return "exact" if row["exact"] else f"relative error {row['error']:.3g}"
+    if row["exact"]:
+        return "exact"
+    outputs = row.get("output_error")
+    further = "" if outputs is None else f", of outputs {outputs:.3g}"
+    return f"relative error {row['error']:.3g}{further}"

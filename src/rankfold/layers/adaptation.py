@@ -75,6 +75,7 @@ class Adapter:
         watch: waits for the first forward, to see whether every layer is called.
         attached: its dynamics have ridden on an optimizer, or there are none that have to.
         scratch: whatever it does not read of the stored weights is let go, so it cannot be removed.
+        rest_frozen: what it holds of the model beside its expressions does not train.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Adapter:
     watch: FirstForward | None = None
     attached: bool = True
     scratch: bool = False
+    rest_frozen: bool = False
 
 
 class NeverAttached(UserWarning):
@@ -183,7 +185,7 @@ class Adaptation:
             if isinstance(value, nn.Parameter) and id(value) not in seen:
                 seen.add(id(value))
                 yield value
-        for key in self.adapter(name).values:
+        for key in self.adapter(name).values if not self.adapter(name).rest_frozen else ():
             value = self._tensor(key)
             if isinstance(value, nn.Parameter) and id(value) not in seen:
                 seen.add(id(value))
@@ -595,6 +597,7 @@ def fold(
     layers = {path: layer for path, layer in adaptation.layers.items() if layer._active}
     for name in adaptation.active:
         _refuse_activations(adaptation.adapters[name])
+        _refuse_biases(model, adaptation.adapters[name])
         _refuse_ridden(adaptation.adapters[name])
         warn_never_attached(adaptation.adapters[name])
     for path, layer in layers.items():
@@ -630,6 +633,16 @@ def _put(model: nn.Module, path: str, layer: StructuredLayer, matrix: Tensor) ->
     if isinstance(layer, StructuredForeign):
         difference = torch.linalg.vector_norm((layer.matrix() - matrix).float())
         yield FoldError(path, float(difference / torch.linalg.vector_norm(matrix.float())))
+
+
+def _refuse_biases(model: nn.Module, adapter: Adapter) -> None:
+    """Refuse to make a stock model of one whose class would not read the biases that an adapter gave it."""
+    given = adapter.record.get("biases")
+    if given and hasattr(model, "config") and hasattr(model, "save_pretrained"):
+        raise Incompatible(
+            f"{given[0]} was given a bias, which a stock {type(model).__name__} has not and would lose; "
+            "save the model with rankfold.save, or compress it without add_bias"
+        )
 
 
 def _refuse_activations(adapter: Adapter) -> None:

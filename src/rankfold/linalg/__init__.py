@@ -5,7 +5,9 @@ from .factored import Squeezed, factored_svd, squeeze_factors
 from .lowrank import LowRank, tail_errors
 from .metrics import Diagonal, Gram, Metric, RootGram, psd_root
 from .monarch import MonarchFactors, monarch_dense, monarch_projection
+from .normal_float import NormalFloat, codebook, dequantise, quantise
 from .pivoted import Pivoted, pivoted_lu, pivoted_qr
+from .quantised_low_rank import QuantisedLowRank, low_rank_part, quantised_low_rank
 from .shares import proportional, top_counts
 from .skeleton import Skeleton, nystrom, skeleton
 from .svd import polar_factor, range_finder, truncated_svd
@@ -17,12 +19,17 @@ __all__ = [
     "LowRank",
     "Metric",
     "MonarchFactors",
+    "NormalFloat",
     "Pivoted",
+    "QuantisedLowRank",
     "RootGram",
     "Skeleton",
     "Squeezed",
     "allocate",
+    "codebook",
+    "dequantise",
     "factored_svd",
+    "low_rank_part",
     "monarch_dense",
     "monarch_projection",
     "nystrom",
@@ -31,6 +38,8 @@ __all__ = [
     "polar_factor",
     "proportional",
     "psd_root",
+    "quantise",
+    "quantised_low_rank",
     "range_finder",
     "skeleton",
     "squeeze_factors",

@@ -18,10 +18,13 @@ from ..errors import (
     MissingPath,
     RankfoldError,
 )
-from ..formats import native, peft
+from ..formats import Changes, native, native_peft, peft, read_changes
 from ..formats.export import kind_and_window, refuse_tied
+from ..formats.files import read_json
+from ..formats.readers import home
 from ..layers import StructuredLayer, require
 from ..weights import adopt_ranks, adopt_selections, owned
+from .biases import biases_of, given_biases
 from .capacity import Allotment
 from .checkpoints import describe
 from .prepare import EVERYTHING, Prepared, install, prepare
@@ -32,7 +35,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # adapt`.
 _HUB_FILES = [
     native.RECORD, native.TENSORS, native.CHECKPOINT_TENSORS, peft.CONFIG, peft.TENSORS, "README.md",
-    "config.yaml",
+    "config.yaml", "pytorch_lora_weights.safetensors",
 ]  # fmt: skip
 _ANY_FILE_HOLDS = 2**16
 
@@ -97,13 +100,16 @@ def _hub() -> Any:
 def load(
     model: nn.Module, path: str | Path, name: str | None = None, *, revision: str | None = None
 ) -> nn.Module:
-    """Load an adapter into its base model, in place; a peft folder (LoRA, DoRA, VeRA) is recognised.
+    """Load an adapter into its base model, in place; other tools' files are recognised.
 
-    Nothing is decomposed or drawn again, no data are read, and no code in the folder is run.
+    A peft folder is loaded as the method that it is where there is one of the same form; any other one, and a
+    file of LyCORIS, kohya's trainers, diffusers or llama.cpp, as the plain LoRA of the same change, whose
+    ranks may differ from weight to weight (`read_changes`).
+    Nothing is drawn again, no data are read, and no code in the folder is run.
 
     Args:
         model: the base model.
-        path: a folder, or the id of a hub repository.
+        path: a folder or a file, or the id of a hub repository.
         name: for the adapter in this model; None takes the saved one.
         revision: of a hub repository.
 
@@ -115,22 +121,22 @@ def load(
         FormatError: the folder is truncated, changed, or of a newer format.
         BaseMismatch: the adapter was made for another base.
     """
-    folder = locate(path, revision)
-    if (folder / native.RECORD).is_file():
-        return _load_native(model, folder, name)
-    if (folder / peft.CONFIG).is_file():
-        return _load_peft(model, folder, name)
-    raise MissingPath(f"{folder} holds neither {native.RECORD} nor {peft.CONFIG}")
+    place = home(locate(path, revision))
+    if (place / native.RECORD).is_file():
+        return _load_native(model, place, name)
+    if (place / peft.CONFIG).is_file():
+        return _load_peft(model, place, name)
+    return _load_changes(model, read_changes(place, model), name)
 
 
 def locate(path: str | Path, revision: str | None = None) -> Path:
-    """Return a local folder for a path or a hub id.
+    """Return a local folder or file for a path or a hub id.
 
     Raises:
-        MissingPath: it is neither a folder nor a repository that can be reached.
+        MissingPath: it is neither, nor a repository that can be reached.
     """
     folder = Path(path)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix):
         return folder
     if folder.exists() or not _HUB_ID.fullmatch(str(path)):
         raise MissingPath(f"there is no folder {path}")
@@ -147,8 +153,15 @@ def locate(path: str | Path, revision: str | None = None) -> Path:
 def _load_native(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
     adapter = native.read(folder)
     record = adapter.record
-    _check_ranks(record, adapter.tensors)
-    prepared = _rebuild(model, record, name or str(record.get("name", "default")))
+    check_ranks(record, adapter.tensors)
+    with given_biases(model, biases_of(record)):
+        _put_back(model, folder, adapter, name or str(record.get("name", "default")))
+    return model
+
+
+def _put_back(model: nn.Module, folder: Path, adapter: native.NativeAdapter, name: str) -> None:
+    record = adapter.record
+    prepared = rebuild(model, record, name)
     native.check_base(record, native.anchors(model, prepared.adapter.paths, prepared.layers))
     if prepared.adapter.record["plan"] != record["plan"]:
         raise FormatError(
@@ -162,10 +175,9 @@ def _load_native(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
             adopt_ranks(expression, native.leaves_of(path, adapter.tensors))
     native.check_names(_expected(model, prepared), adapter.tensors)
     _put(model, prepared, adapter.tensors)
-    return model
 
 
-def _check_ranks(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def check_ranks(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Refuse ranks that no such file can have, before tensors of their size are made."""
     limit = max(_ANY_FILE_HOLDS, sum(tensor.numel() for tensor in tensors.values()))
     for path, rank in record["ranks"].items():
@@ -173,7 +185,7 @@ def _check_ranks(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
             raise FormatError(f"the adapter's record gives {path} the impossible rank {str(rank)[:20]}")
 
 
-def _rebuild(model: nn.Module, record: Mapping[str, Any], name: str) -> Prepared:
+def rebuild(model: nn.Module, record: Mapping[str, Any], name: str) -> Prepared:
     """Build the shapes of a recorded adapter.
 
     Raises:
@@ -193,6 +205,8 @@ def _rebuild(model: nn.Module, record: Mapping[str, Any], name: str) -> Prepared
             blank=True,
             allotment=Allotment(record["ranks"], record.get("references", {}), record.get("rank")),
             removable=bool(record.get("removable", True)),
+            stored_precision=bool(record.get("stored_precision", False)),
+            rest_frozen=bool(record.get("rest_frozen", False)),
         )
     except RankfoldError:
         raise
@@ -243,9 +257,14 @@ def _put(model: nn.Module, prepared: Prepared, tensors: Mapping[str, Tensor]) ->
 
 
 def _load_peft(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
+    settings = read_json(folder / peft.CONFIG)
+    if native_peft.reads(settings):
+        return _load_method_or_changes(model, folder, name)
+    if settings.get("peft_type") not in ("LORA", "VERA"):
+        return _load_changes(model, read_changes(folder, model), name)
     adapter = peft.read(folder)
     refuse_tied(model, adapter.whole.keys())
-    prepared = _rebuild(model, _peft_record(adapter), name or "default")
+    prepared = rebuild(model, _peft_record(adapter), name or "default")
     for path in adapter.layers:
         _check_peft_layer(path, adapter, prepared.layers.get(path))
     tensors = _peft_tensors(adapter)
@@ -253,6 +272,60 @@ def _load_peft(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
     for key in adapter.shared:
         tensors[f"shared:{key}"] = _leading(adapter.shared[key], expected[f"shared:{key}"])
     native.check_names(expected, tensors)
+    _put(model, prepared, tensors)
+    return model
+
+
+def _load_method_or_changes(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
+    """Load an adapter as the method that peft has it of, or, of convolutions, as the LoRA of its change."""
+    try:
+        return _load_other_peft(model, native_peft.read(folder), name)
+    except (FormatError, BaseMismatch, Incompatible) as error:
+        try:
+            changes = read_changes(folder, model)
+        except RankfoldError:
+            raise error from None
+    return _load_changes(model, changes, name)
+
+
+def _load_changes(model: nn.Module, changes: Changes, name: str | None) -> nn.Module:
+    """Load changes as a plain LoRA of scale 1, with a rank of its own for every weight."""
+    refuse_tied(model, changes.whole.keys())
+    record = {
+        "recipe": {"structure": ["lora", {"alpha": None}], "dynamics": []},
+        "seed": 0,
+        "targets": list(changes.paths),
+        "ranks": {path: changes.rank(path) for path in changes.paths},
+        "train": sorted({key.rpartition(".")[0] for key in changes.whole}),
+    }
+    prepared = rebuild(model, record, name or "default")
+    tensors = {f"whole:{key}": value for key, value in changes.whole.items()}
+    for path, (up, down) in changes.pairs.items():
+        tensors |= {f"{path}:up": up, f"{path}:down": down}
+    native.check_names(_expected(model, prepared), tensors)
+    _put(model, prepared, tensors)
+    return model
+
+
+def _load_other_peft(model: nn.Module, adapter: native_peft.Native, name: str | None) -> nn.Module:
+    """Load an adapter that peft keeps in a form of its own."""
+    refuse_tied(model, adapter.whole.keys())
+    structure = [native_peft.METHODS[adapter.kind].structure, native_peft.options_of(adapter)]
+    record = {
+        "recipe": {"structure": structure, "dynamics": []},
+        "seed": 0,
+        "targets": list(adapter.layers),
+        "ranks": adapter.ranks,
+        "train": sorted({key.rpartition(".")[0] for key in adapter.whole}),
+    }
+    prepared = rebuild(model, record, name or "default")
+    for path in adapter.layers:
+        if path not in prepared.layers or not native_peft.is_plain(prepared.layers[path]):
+            raise BaseMismatch(f"{path} is adapted as linear in the file, and is no such layer here")
+    tensors = {f"whole:{key}": value for key, value in adapter.whole.items()}
+    for path, leaves in adapter.layers.items():
+        tensors.update({f"{path}:{leaf}": value for leaf, value in leaves.items()})
+    native.check_names(_expected(model, prepared), tensors)
     _put(model, prepared, tensors)
     return model
 

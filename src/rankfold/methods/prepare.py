@@ -77,6 +77,9 @@ def prepare(
     allotment: Allotment | None = None,
     calibration: Calibration | None = None,
     removable: bool = True,
+    stored_precision: bool = False,
+    rest_frozen: bool = False,
+    meta: bool = False,
 ) -> Prepared:
     """Build an adapter beside a model that is not touched.
 
@@ -93,6 +96,9 @@ def prepare(
         allotment: how much rank every path gets, where it is known already.
         calibration: what the caller gives for it.
         removable: keep what going back to the base takes.
+        stored_precision: leaves have the precision of the weights that they replace, not at least float32.
+        rest_frozen: where everything in the model belongs to the adapter, only its expressions train.
+        meta: with `blank`, the leaves take no memory until they are given values.
     """
     existing = adaptation_of(model)
     _check_name(name, existing)
@@ -111,6 +117,7 @@ def prepare(
     notes: list[Warning] = [TieFollowed(f"{t.path} shares its tensor with {path}") for t, path in borrowers]
     common = {"seed": seed, "blank": blank, "gates": adaptation.carrier.gates, "hidden": _hidden(model)}
     common["known_adapters"] = tuple(adaptation.adapters)
+    common |= {"stored_precision": stored_precision, "meta": meta}
     sites = _sites(model, resolved, lenders, layers, {**common, "gate_key": _gate_key(resolved, name)})
     fresh = allotment is None  # and not read from a file
     if allotment is None:
@@ -131,11 +138,14 @@ def prepare(
     )
     trained = [EVERYTHING] if everything else trained
     record = _record(resolved, seed, allotment, list(sites), trained) | {"plan": planned.digest()}
-    record |= {} if removable else {"removable": False}
+    flags = {"removable": removable, "stored_precision": stored_precision, "rest_frozen": rest_frozen}
+    usual = {"removable": True, "stored_precision": False, "rest_frozen": False}
+    record |= {key: value for key, value in flags.items() if value != usual[key]}
     adapter = Adapter(name, record, resolved.structure.traits["stage"], list(sites))
     adapter.shared = {key: _attribute(name, key) for key in planned.shared}
     adapter.attached = blank or not resolved.acts
     adapter.scratch = resolved.structure.traits["scratch"] or not removable
+    adapter.rest_frozen = rest_frozen
     return Prepared(
         adaptation=adaptation,
         adapter=adapter,
@@ -300,9 +310,15 @@ def _sites(
     return {path: _weight_site(path, layer, resolved, common) for path, layer in layers.items()}
 
 
-def _weight_site(path: str, layer: StructuredLayer, resolved: Resolved, common: Mapping[str, Any]) -> Site:
+def _weight_site(path: str, layer: StructuredLayer, resolved: Resolved, given: Mapping[str, Any]) -> Site:
+    common = dict(given)
     stored = getattr(layer.original, "weight", None)
-    dtype, device = _place_of(stored if isinstance(stored, Tensor) else layer.matrix())
+    found = stored if isinstance(stored, Tensor) else layer.matrix()
+    dtype, device = _place_of(found)
+    if common.pop("stored_precision") and found.is_floating_point():
+        dtype = found.dtype
+    if common.pop("meta"):
+        device = torch.device("meta")
     moves_base = resolved.moves_base
     if moves_base and isinstance(layer, StructuredForeign):
         raise UnsupportedLayer(
@@ -325,9 +341,8 @@ def _output_site(model: nn.Module, target: Target, common: Mapping[str, Any]) ->
     first = next(target.module.parameters(), torch.zeros(()))
     dtype, device = _place_of(first)
     width = _width(model, target)
-    return OutputSite(
-        path=target.path, module=target.module, width=width, dtype=dtype, device=device, **common
-    )
+    kept = {key: value for key, value in common.items() if key not in ("stored_precision", "meta")}
+    return OutputSite(path=target.path, module=target.module, width=width, dtype=dtype, device=device, **kept)
 
 
 def _place_of(tensor: Tensor) -> tuple[torch.dtype, torch.device]:

@@ -1,25 +1,16 @@
 """What a run leaves: a model that loads again."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-import rankfold as rf
-from rankfold.errors import MissingPath, RankfoldError
-from rankfold.formats.files import read_tensors, write_json, write_tensors
-from rankfold.layers import adaptation_of
+from rankfold.errors import MissingPath
 from rankfold.pretrain.sharded import full_state
-from rankfold.training.base import silence
+from rankfold.training.finished import BASE, STRUCTURE, load_finished
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-BASE = "base"  # the folder of what an unfolded structure stands on
-STRUCTURE = "structure"
-RECORD = "config.json"  # of transformers; it is there when all is there
 RESULTS = ("*.safetensors", "*.json", "*.jinja", "loss.png", BASE, STRUCTURE)
 
 
@@ -44,55 +35,6 @@ def whole_model(
     return model
 
 
-def fold_where_possible(model: "PreTrainedModel") -> str | None:
-    """Fold a trained model into a stock one, in place, and return why not where it cannot be folded."""
-    if adaptation_of(model) is not None:
-        try:
-            rf.fold(model)
-        except RankfoldError as error:
-            return str(error)
-    return None
-
-
-def save_finished(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, facts: Mapping[str, Any]
-) -> None:
-    """Write a trained model, as a stock one where it is one and else in Rankfold's form.
-
-    Args:
-        model: what was trained, folded or not.
-        tokenizer: its tokenizer.
-        folder: to write into.
-        facts: for the structure's card.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    model.config.use_cache = True
-    if adaptation_of(model) is None:
-        model.save_pretrained(folder)
-    else:
-        _save_structured(model, folder, facts)
-
-
-def _save_structured(model: "PreTrainedModel", folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the structure, and the tensors that it stands on, which are the seed's and not to be found."""
-    rf.save(model, folder / STRUCTURE, notes=facts)
-    names = set(_blank(model.config).state_dict())  # of these, a weight that was replaced is not there
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name in names}
-    (folder / BASE).mkdir()
-    write_tensors(folder / BASE / "base.safetensors", kept)
-    write_json(folder / RECORD, json.loads(model.config.to_json_string(use_diff=False)))
-
-
-def _blank(config: "PretrainedConfig") -> "PreTrainedModel":
-    """Return the model of a configuration without values."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
-
-
 def load_pretrained(folder: str | Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load what `rankfold pretrain` left, in whichever form, for use.
 
@@ -108,18 +50,7 @@ def load_pretrained(folder: str | Path) -> "tuple[PreTrainedModel, PreTrainedTok
     Example:
         >>> model, tokenizer = load_pretrained("run")  # doctest: +SKIP
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    path = Path(folder)
-    if not (path / RECORD).is_file():
-        raise MissingPath(f"the folder {folder} holds no finished model")
-    tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    if not (path / STRUCTURE).is_dir():
-        with silence():
-            return AutoModelForCausalLM.from_pretrained(path), tokenizer
-    found = AutoConfig.from_pretrained(path)
-    with torch.random.fork_rng():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(found, dtype=found.dtype)
-    model.load_state_dict(read_tensors(path / BASE / "base.safetensors"), strict=False)
-    rf.load(model, path / STRUCTURE)
-    return model.eval(), tokenizer
+    model, tokenizer = load_finished(folder)
+    if tokenizer is None:
+        raise MissingPath(f"the folder {folder} holds no tokenizer")
+    return model, tokenizer

@@ -12,8 +12,8 @@ from rankfold.methods.recipe import resolve, split_part
 from rankfold.methods.registry import needs_of, structure_named
 from rankfold.pretrain.config import PretrainConfig
 from rankfold.pretrain.ladder import rung
-from rankfold.pretrain.tokens import separator_of
 from rankfold.training.base import read_model_config
+from rankfold.training.packed import separator_of
 from rankfold.training.run import recipe, refuse_inputs
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from rankfold.pretrain.config import PretrainConfig
 from rankfold.pretrain.model import adopt_tokenizer, model_config
 from rankfold.pretrain.optimizers import check_optimizer, optimizer_options
 from rankfold.pretrain.text import Corpus, read_corpus
-from rankfold.pretrain.tokens import Packed, collate, load_tokenizer, pack, train_tokenizer
+from rankfold.pretrain.tokens import load_tokenizer, train_tokenizer
+from rankfold.training.packed import Packed, collate, pack
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

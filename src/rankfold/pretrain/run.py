@@ -15,7 +15,7 @@ from rankfold.errors import InvalidOption
 from rankfold.formats.files import write_json
 from rankfold.layers import adaptation_of
 from rankfold.pretrain.config import PretrainConfig
-from rankfold.pretrain.finish import RECORD, RESULTS, fold_where_possible, save_finished, whole_model
+from rankfold.pretrain.finish import RESULTS, whole_model
 from rankfold.pretrain.memory import Watched, predict
 from rankfold.pretrain.model import start, structure_point, structured
 from rankfold.pretrain.optimizers import OptimizerPlan, describe_optimizer
@@ -24,6 +24,7 @@ from rankfold.pretrain.report import PretrainPlan, PretrainResult, draw_curves
 from rankfold.pretrain.trainer import DEFAULT_EPOCHS, arguments_of, curves, trainer_of
 from rankfold.training.base import silence
 from rankfold.training.data import DataError
+from rankfold.training.finished import RECORD, fold_where_possible, save_finished
 from rankfold.training.folder import RunFolder
 from rankfold.training.loop import Notify, is_main_process, peak_memory, runs_on_cpu, train
 from rankfold.training.metrics import Score

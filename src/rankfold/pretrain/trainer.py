@@ -13,8 +13,8 @@ from rankfold.methods.attach import attachable
 from rankfold.pretrain.config import PretrainConfig
 from rankfold.pretrain.memory import Watched, kept_for_backward
 from rankfold.pretrain.sharded import ShardedTraining
-from rankfold.pretrain.tokens import Packed, collate
 from rankfold.training.loop import training_arguments
+from rankfold.training.packed import Packed, collate
 from rankfold.training.routed import routed_trainer
 from rankfold.training.whole import WholeCheckpoints
 

@@ -18,7 +18,7 @@ from .batches import Batch, Loss, loss_of
 from .calibrating import hooks
 from .finite import require_finite
 from .reducers import Seen, Side
-from .rows import count_rows, inputs_of, leading, outputs_of, rows
+from .rows import count_rows, inputs_of, leading, looked_up, outputs_of, rows
 from .watched import Use, Watched
 
 Deliver = Callable[[Watched, Side, Seen], None]
@@ -143,6 +143,8 @@ class Observer:
             self._activations(weight, "input", inputs_of(layer, x))
         if "output" in self.sides:
             self._activations(weight, "output", outputs_of(layer, output))
+        if "ids" in self.sides and layer.looked_up:
+            self.deliver(weight, "ids", Seen(rows=looked_up(x, mask), weight=layer))
         if self.waiting is not None:
             self.waiting.discard(weight.path)
             if not self.waiting:

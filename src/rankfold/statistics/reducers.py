@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..errors import FormatError, InvalidOption, near_names
 from ..layers import StructuredLayer
+from ..linalg.checks import precise_dtype
 from ..weights.kernels import at_least_float32
 from .rows import Rows
 
-Side = Literal["input", "output", "gradient", "curvature"]
+Side = Literal["input", "output", "ids", "gradient", "curvature"]
 Kind = TypeVar("Kind", bound="type[Reducer]")
 REDUCERS: dict[str, type[Reducer]] = {}
 
@@ -29,7 +30,7 @@ class Seen:
     """What a reducer sees of one weight in one batch.
 
     Attributes:
-        rows: of the input or the output, for reducers on those sides.
+        rows: of the input or the output, for reducers on those sides; for "ids", what was looked up (n, 1).
         gradient: (out, in) of the loss, or for "curvature" `v * (H v)` of one probe v.
         weight: the layer, whose matrix can be read.
         count: label tokens of the batch.
@@ -51,7 +52,8 @@ class Reducer:
 
     Attributes:
         name: of the statistic.
-        side: what `update` sees: rows of the "input" or the "output", the "gradient", or "curvature".
+        side: what `update` sees: rows of the "input" or the "output", the "ids" that an embedding looks up,
+            the "gradient", or "curvature".
         sums: the raw tensors; empty until the first update.
     """
 
@@ -230,6 +232,83 @@ class OutputGram(_Gram):
     """Mean of y y^T over tokens, (out, out), bias included."""
 
     side = "output"
+
+
+@reducer("input_absolute_mean")
+class InputAbsoluteMean(_Mean):
+    """Mean absolute input, (in,)."""
+
+    side = "input"
+
+    def update(self, seen: Seen) -> None:
+        """Add the rows of one call."""
+        self.add("sum", seen.rows.values.abs().sum(0))
+        self.add("count", number(len(seen.rows.values)))
+
+
+@reducer("input_covariance")
+class InputCovariance(_OfRows):
+    """Mean of (x - m) (x - m)^T over tokens, m their mean, (in, in).
+
+        M_ab = M_a + M_b + (n_a n_b / n_ab) d d^T,   d = m_b - m_a
+
+    Every call is centred by its own mean and the parts are joined as above, in float64 (Chan et al. 1983):
+    C - m m^T would cancel where the mean is large.
+    """
+
+    side = "input"
+
+    def layout(self, out: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the sums."""
+        return {"mean": (columns,), "scatter": (columns, columns), "count": ()}
+
+    def update(self, seen: Seen) -> None:
+        """Take in the rows of one call, however few."""
+        values = seen.rows.values
+        if len(values):
+            wide = precise_dtype(values)
+            mean = values.mean(0, dtype=wide)
+            centred = values.to(wide) - mean
+            self._join(mean, centred.T @ centred, len(values))
+
+    def merge(self, other: Reducer) -> None:
+        """Take in another part of the pass."""
+        if other.sums:
+            self._join(other.sums["mean"], other.sums["scatter"], int(other.sums["count"]))
+
+    def _join(self, mean: Tensor, scatter: Tensor, count: int) -> None:
+        known, total = self.sum_like("mean", mean), self.sum_like("scatter", scatter)
+        before = int(self.sum_like("count", number(0)))
+        apart, share = mean - known, count / (before + count)
+        total.add_(scatter).addr_(apart, apart, alpha=before * share)
+        known.add_(apart, alpha=share)
+        self.sums["count"] = number(before + count)
+
+    def value(self, batches: int) -> Tensor:
+        """Return the covariance, divided by the number of tokens."""
+        return self.sums["scatter"] / int(self.sums["count"])
+
+
+@reducer("token_frequency")
+class TokenFrequency(Reducer):
+    """Share of the looked-up ids that every row of an embedding is, (vocabulary,), without what is masked."""
+
+    side = "ids"
+
+    def layout(self, out: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the sums."""
+        return {"sum": (out,), "count": ()}
+
+    def update(self, seen: Seen) -> None:
+        """Count the ids of one call."""
+        assert seen.weight is not None
+        ids = seen.rows.values.long().flatten()
+        self.add("sum", torch.bincount(ids, minlength=seen.weight.shape[0]))
+        self.add("count", number(len(ids)))
+
+    def value(self, batches: int) -> Tensor:
+        """Return the shares, which add up to 1."""
+        return self.sums["sum"].to(precise_dtype(self.sums["sum"])) / int(self.sums["count"])
 
 
 @reducer("column_norm")

@@ -99,6 +99,13 @@ def rows(activations: Tensor, mask: Tensor | None) -> Rows:
     )
 
 
+def looked_up(ids: Tensor, mask: Tensor | None) -> Rows:
+    """Return the ids (batch, ...) that a mask (batch, tokens) keeps, as whole numbers (n, 1)."""
+    keep = kept(tuple(ids.shape), mask)
+    found = (ids if keep is None else ids[keep.to(ids.device)]).reshape(-1, 1)
+    return Rows(found, found[:, 0])
+
+
 def leading(layer: StructuredLayer, x: Tensor, y: Any) -> tuple[int, ...]:
     """Return the axes (batch, tokens, ...) over which a layer is applied, without unfolding anything."""
     if isinstance(layer.op, Convolution):

@@ -116,11 +116,16 @@ def watch(model: nn.Module, targets: Targets) -> list[Watched]:
     """
     found: dict[int, Watched] = {}
     for use in _uses(find_targets(model, targets)):
-        known = found.setdefault(id(use.layer.stored()), Watched([], []))
+        known = found.setdefault(_identity(use.layer), Watched([], []))
         known.paths.append(use.path)
         if not any(other.module is use.module for other in known.uses):
             known.uses.append(use)
     return list(found.values())
+
+
+def _identity(layer: StructuredLayer) -> int:
+    """Return what tied layers have in common: the stored tensor, or what took its place."""
+    return id(layer.lender or layer) if layer.is_released else id(layer.stored())
 
 
 def layers_at(model: nn.Module, paths: Iterable[str]) -> dict[str, StructuredLayer]:
@@ -138,14 +143,16 @@ def refuse(watched: Iterable[Watched], what: Iterable[Asked]) -> None:
     for weight in watched:
         for asked in what:
             for use in weight.uses:
-                why = _why_not(use, asked)
+                why = _why_not(use, asked, any(other.layer.looked_up for other in weight.uses))
                 if why:
                     raise UnsupportedLayer(f"{use.path}: {asked.name} {why}")
 
 
-def _why_not(use: Use, asked: Asked) -> str | None:
+def _why_not(use: Use, asked: Asked, looked_up: bool) -> str | None:
     if asked.side == "curvature" and isinstance(use.layer, StructuredForeign):
         return "needs a second derivative, which a quantised weight does not have; use squared_gradient"
+    if asked.side == "ids":  # of a tied weight, by one of its modules
+        return None if looked_up else "counts the rows that are looked up, and this is no embedding"
     if asked.side not in ("input", "output"):
         return None
     if isinstance(use.layer, StructuredEmbedding):

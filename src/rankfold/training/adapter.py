@@ -5,9 +5,11 @@ from typing import Any
 
 import rankfold as rf
 from rankfold.errors import InvalidOption
+from rankfold.formats.export import check_options
 from rankfold.formats.files import complete_folder, read_json, refuse_existing
 from rankfold.methods.persist import locate
 from rankfold.training.base import Base, load_base, read_model_config, task_of, task_of_class
+from rankfold.training.calibration import calibration_batches
 from rankfold.training.config import read_config
 
 
@@ -26,15 +28,30 @@ def load_adapted(adapter: str, *, model: str | None = None) -> tuple[str, Base]:
         RankfoldError: when the adapter cannot be read or is for another base.
     """
     folder = locate(adapter)
+    name, base = load_base_of(folder, adapter, model=model)
+    rf.load(base.model, folder)
+    return name, base
+
+
+def load_base_of(folder: Path, adapter: str, *, model: str | None = None) -> tuple[str, Base]:
+    """Load the base that an adapter was made for, with its run's task and classes, without the adapter.
+
+    Args:
+        folder: where the adapter is; of a lone file, its name.
+        adapter: what the adapter is called in messages.
+        model: as `load_adapted` takes it.
+
+    Raises:
+        InvalidOption: when no base is named and the adapter names none.
+        RankfoldError: when the base cannot be loaded.
+    """
     settings = read_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     recorded = _recorded_base(folder)
     name = model or settings.get("model") or recorded["name"]
     if not name:
         raise InvalidOption(f"{adapter} does not say which model it adapts: name it with --model")
     task = settings.get("task") or task_of_class(recorded["class"]) or task_of(read_model_config(name))
-    base = load_base(name, task or "causal", labels=settings.get("labels"))
-    rf.load(base.model, folder)
-    return name, base
+    return name, load_base(name, task or "causal", labels=settings.get("labels"))
 
 
 def fold_adapter(adapter: str, out: Path, *, model: str | None = None, overwrite: bool = False) -> str:
@@ -53,24 +70,36 @@ def fold_adapter(adapter: str, out: Path, *, model: str | None = None, overwrite
 
 
 def export_adapter(
-    adapter: str, out: Path, *, model: str | None = None, overwrite: bool = False, **options: Any
+    adapter: str,
+    out: Path,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    overwrite: bool = False,
+    **options: Any,
 ) -> rf.Report:
     """Write `adapter` to `out` in another form, and return the report.
 
     Args:
         adapter: folder or hub name of an adapter.
-        out: the folder to write.
+        out: the folder to write; of format "gguf" also a file that ends in .gguf.
         model: folder or hub name of the base, or None for the one that the adapter names.
-        overwrite: replace a folder that is there.
-        options: `format`, `rank`, `max_error` and `drop_whole`, as `rankfold.export` takes them.
+        data: text as `rankfold adapt` reads it; its first 256 examples weigh an approximation.
+        overwrite: replace what is there.
+        options: `format`, `rank`, `max_error`, `native`, `dtype` and `drop_whole`, as `rankfold.export` takes
+            them.
 
     Raises:
         OutputExists: when `out` is not empty and may not be overwritten.
         RankfoldError: when the adapter cannot be loaded, or not be written in that form.
     """
-    refuse_existing(out, overwrite=overwrite)  # before a large model is loaded
+    wanted = (options.get("format", "peft"), options.get("rank"), options.get("max_error"))
+    check_options(*wanted, data=data is not None, dtype=options.get("dtype", "f32"))
+    if wanted[0] != "gguf" or out.suffix != ".gguf":
+        refuse_existing(out, overwrite=overwrite)  # before a large model is loaded
     _, base = load_adapted(adapter, model=model)
-    return rf.export(base.model, out, overwrite=overwrite, **options)
+    batches = None if data is None else calibration_batches(base, data)
+    return rf.export(base.model, out, overwrite=overwrite, data=batches, **options)
 
 
 def _recorded_base(folder: Path) -> dict[str, str]:

@@ -110,12 +110,61 @@ def load_base(model: str, task: str, *, labels: Sequence[str] | None = None, dty
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except Exception as error:  # every file format and model class fails in its own way
         raise FormatError(f"the model {model} cannot be loaded to {task}: {_first_line(error)}") from error
-    _ensure_padding(loaded, tokenizer)
+    ensure_padding(loaded, tokenizer)
     return Base(loaded, tokenizer, _fresh(info))
 
 
-def length_limit(base: Base, asked: int | None) -> int:
+def load_as_saved(model: str, dtype: str = "auto") -> "tuple[PreTrainedModel, tuple[str, ...]]":
+    """Load a model in the class that its configuration names, without a tokenizer.
+
+    Args:
+        model: a folder or a hub name.
+        dtype: the name of a torch dtype, or "auto" for the checkpoint's.
+
+    Returns:
+        The model in evaluation mode, and the paths of modules that started at random.
+
+    Raises:
+        MissingPath: when there is no such model.
+        FormatError: when its files cannot be read, or do not fit its configuration.
+    """
+    import transformers
+
+    config = read_model_config(model)
+    names = getattr(config, "architectures", None) or []
+    kinds = [found for name in names if (found := getattr(transformers, name, None)) is not None]
+    kind: Any = kinds[0] if kinds else transformers.AutoModel
+    try:
+        with silence():
+            loaded, info = kind.from_pretrained(model, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # every file format and model class fails in its own way
+        raise FormatError(f"the model {model} cannot be loaded: {_first_line(error)}") from error
+    return loaded.eval(), _fresh(info)
+
+
+def load_tokenizer_of(model: str) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer beside a model.
+
+    Raises:
+        FormatError: when there is none that can be read.
+    """
+    import transformers
+
+    try:
+        with silence():
+            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # every file format fails in its own way
+        raise FormatError(f"the model {model} has no tokenizer to read: {_first_line(error)}") from error
+    return tokenizer
+
+
+def length_limit(base: Base, asked: int | None, name: str = "max-length") -> int:
     """Return how many tokens an example may have: `asked`, or 512, or what the model can hold.
+
+    Args:
+        base: model and tokenizer.
+        asked: tokens, or None.
+        name: of the setting, for messages.
 
     Raises:
         InvalidOption: when `asked` is more than the model can hold.
@@ -124,7 +173,7 @@ def length_limit(base: Base, asked: int | None) -> int:
     # A tokenizer without a limit of its own names an astronomic one.
     limit = min(int(positions), int(base.tokenizer.model_max_length))
     if asked is not None and asked > limit:
-        raise InvalidOption(f"max-length is {asked}; the model holds at most {limit} tokens")
+        raise InvalidOption(f"{name} is {asked}; the model holds at most {limit} tokens")
     return asked or min(DEFAULT_LENGTH, limit)
 
 
@@ -154,7 +203,12 @@ def _name_classes(config: "PretrainedConfig", labels: Sequence[str] | None) -> N
     config.label2id = {name: number for number, name in enumerate(labels)}
 
 
-def _ensure_padding(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+def ensure_padding(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Let a tokenizer that has no padding token use another for it.
+
+    Raises:
+        FormatError: when it has no token that can fill up a batch.
+    """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:

@@ -26,11 +26,13 @@ from .leaves import (
 )
 from .monarch import Monarch
 from .normalized import ColumnNormalized, Normalized, row_norms
+from .offset import Offset
 from .op import LINEAR, Convolution, Op
 from .ordered import Ordered
 from .orthogonal import Cayley, Identity, Shifted
 from .products import Hadamard, Modulated, Product
 from .projected import Fastfood, Fixed, Projected, Projection
+from .quantised import Quantised
 from .rectified import Affine, Rectified
 from .rescaled import Rescaled
 from .selection import Rectangle, Scattered, Selection, ThinRectangle, adopt_selections
@@ -94,6 +96,7 @@ __all__ = [
     "Monarch",
     "Moved",
     "Normalized",
+    "Offset",
     "Op",
     "Ordered",
     "Pair",
@@ -103,6 +106,7 @@ __all__ = [
     "Product",
     "Projected",
     "Projection",
+    "Quantised",
     "RandomMixture",
     "Rectangle",
     "Rectified",

@@ -15,20 +15,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.
 
 
 class Activated(Weight):
-    """`x -> scale up f(down x)`: through r channels with an activation on them.
+    """`x -> scale up f(down x + shift)`: through r channels with an activation on them.
 
     Args:
         up: leaf (out, r).
         down: leaf (r, in).
         activation: f by its name in `ACTIVATIONS`.
         scale: multiplies the r channels, where that is the least.
+        shift: leaf (r,), added before the activation, or None.
     """
 
     by_token = True
 
-    def __init__(self, up: Leaf, down: Leaf, activation: str, scale: float = 1.0) -> None:
+    def __init__(
+        self, up: Leaf, down: Leaf, activation: str, scale: float = 1.0, shift: Leaf | None = None
+    ) -> None:
         super().__init__((up.shape[0], down.shape[1]))
-        self.up, self.down, self.activation, self.scale = up, down, activation, scale
+        self.up, self.down, self.shift = up, down, shift
+        self.activation, self.scale = activation, scale
 
     def dense(self) -> Tensor:
         """Refuse.
@@ -43,7 +47,8 @@ class Activated(Weight):
 
     def map(self, x: Tensor) -> Tensor:
         """Apply the factors, the activation between them: x (..., in) to (..., out)."""
-        inner = ACTIVATIONS[self.activation](F.linear(x, self.down.tensor().to(x.dtype)))
+        shift = None if self.shift is None else self.shift.tensor().to(x.dtype)
+        inner = ACTIVATIONS[self.activation](F.linear(x, self.down.tensor().to(x.dtype), shift))
         return F.linear(inner * self.scale, self.up.tensor().to(inner.dtype))
 
     def sides(self) -> Iterator[tuple[Leaf, str]]:
@@ -62,4 +67,5 @@ class Activated(Weight):
     def formula(self) -> str:
         """Return the factors around the activation."""
         scale = "" if self.scale == 1 else f"{self.scale:g} "
-        return f"{scale}{self.up.formula()} {self.activation}({self.down.formula()} x)"
+        shift = "" if self.shift is None else f" + {self.shift.formula()}"
+        return f"{scale}{self.up.formula()} {self.activation}({self.down.formula()} x{shift})"

@@ -5,7 +5,7 @@
 Vulic et al. 2026. The three modes:
 
 - Post-Squeeze: train at a high rank, then `rankfold.squeeze(model, rank)`, once.
-- Cont-Squeeze: the same, and train on with a new optimizer.
+- Cont-Squeeze: the same, and train on; with `optimizer=` its state follows.
 - In-Squeeze, this rule: the rank begins at `times` the one asked for and is halved at equal intervals during
   training until it is down, the optimizer going on.
 

@@ -1,0 +1,1 @@
+"""Methods of compression: one paper, one file."""
