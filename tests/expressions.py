@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rankfold import weights as w
+from rankfold.linalg import NormalFloat, quantise
 from rankfold.weights import Leaf, Weight
 
 Shape = tuple[int, int]
@@ -140,9 +141,11 @@ class Maker:
             self.train,
             self.bases,
             self.channels,
+            self.offset,
             self.spectral,
             self.monarch,
             self.hashed,
+            self.quantised,
             lambda s: w.Repeated(self.leaf(s[0], self.integer(1, s[1])), s[1]),
             lambda s: w.Gram(self.leaf(max(s), self.integer(1, 3)), s),
             lambda s: w.Select(self.indices(s[1], s[0]), s[1]),
@@ -178,6 +181,13 @@ class Maker:
         chunks = w.CyclicChunks(size, (12345, 678901, 2345), 31415)
         scale = w.Dense(self.values().abs() + 0.1, self.name(), trainable=False)
         return w.Hashed(pool, "value", self.name(), shape, chunks, self.integer(0, 99), scale)
+
+    def quantised(self, shape: Shape) -> Weight:
+        """Return a matrix in a format of few bits."""
+        form = NormalFloat(self.one_of(2, 3, 4, 8), 8, self.one_of(None, 4), 4, "bf16")  # type: ignore[arg-type]
+        tensors = quantise(self.values(*shape), form)
+        leaves = {n: w.Dense(t, self.name(), trainable=False) for n, t in tensors.items()}
+        return w.Quantised(form, leaves, shape, self.dtype)
 
     def sparse(self, shape: Shape) -> Weight:
         """Return a map with a thin or a thick support."""
@@ -227,6 +237,10 @@ class Maker:
         place = torch.randperm(shape[1], generator=self.generator)[: self.integer(1, shape[1])]
         index = w.Dense(place, self.name(), trainable=False)
         return w.Channels(self.leaf(shape[0], len(place)), index, shape[1], self.integer(1, 2) / 2)
+
+    def offset(self, shape: Shape) -> Weight:
+        """Return a matrix whose rows are all one vector."""
+        return w.Offset(self.leaf(1, shape[1]), shape[0])
 
     def spectral(self, shape: Shape) -> Weight:
         """Return outer factors around a core or a diagonal, or a product whose terms are ordered."""

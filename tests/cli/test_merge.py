@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import rankfold as rf
-from rankfold.cli.main import main
+from rankfold.cli.main import app, main
 from rankfold.formats.changes import read_changes
 
 Capture = pytest.CaptureFixture[str]
@@ -128,3 +128,17 @@ def test_models_that_differ_and_folders_that_are_there_are_one_sentence(
     words = ["merge", folders[0], other, "--method", "linear", "--out"]
     assert "w is 5 in the one and 6 in the other" in _refused([*words, str(tmp_path / "out")], capsys)
     assert "exists and is not empty" in _refused([*words, folders[1]], capsys)
+
+
+@pytest.mark.parametrize(
+    ("verb", "sentence"), [("merge", "nothing was written"), ("compress", "continues with --resume")]
+)
+def test_an_interruption_says_how_it_goes_on(
+    verb: str, sentence: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> int:
+        return 130
+
+    monkeypatch.setattr(type(app), "__call__", interrupted)
+    assert main([verb, "A"]) == 130
+    assert sentence in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rankfold as rf
 from rankfold.cli.main import main
@@ -91,6 +91,30 @@ def test_the_base_that_an_adapter_names_is_read_where_its_changes_depend_on_it(
     assert set(read_changes(tmp_path / "small").paths) == {
         f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)
     }
+
+
+def test_names_that_only_the_model_undoes_need_it(
+    adapter: str, llama: str, tmp_path: Path, capsys: Capture
+) -> None:
+    file, out = str(tmp_path / "a.gguf"), tmp_path / "small"
+    assert main(["export", adapter, "--model", llama, "--format", "gguf", "--out", file]) == 0
+    capsys.readouterr()
+    assert main(["squeeze", file, "--rank", "2", "--out", str(out)]) == 2
+    assert "name it with --model" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["squeeze", file, "--rank", "2", "--model", llama, "--out", str(out)]) == 0
+    assert set(read_changes(out).paths) == set(read_changes(adapter).paths)
+
+
+def test_a_classifier_stays_one_and_can_be_exported_further(bert: str, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(bert)
+    rf.adapt(model, "lora", rank=3, targets=["query"])
+    rf.save(model, tmp_path / "own")
+    assert main(["squeeze", str(tmp_path / "own"), "--rank", "2", "--out", str(tmp_path / "small")]) == 0
+    whole = read_changes(tmp_path / "small").whole
+    assert {key.partition(".")[0] for key in whole} == {"classifier"}
+    assert main(["export", str(tmp_path / "small"), "--out", str(tmp_path / "again")]) == 0
+    assert read_changes(tmp_path / "again").whole.keys() == whole.keys()
 
 
 @pytest.mark.parametrize(

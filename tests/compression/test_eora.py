@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.errors import BaseMismatch, InvalidOption
+from rankfold.statistics.finite import NotFinite
 
 
 def _model() -> nn.Sequential:
@@ -138,3 +139,35 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
         rf.compress(small, "eora", original=other, data=[_inputs()], progress=False)
     with pytest.raises(InvalidOption, match="leave keep= away"):
         rf.compress(small, "eora", original=model, data=[_inputs()], keep=0.5, progress=False)
+
+
+def test_a_second_compensation_takes_up_what_the_first_left() -> None:
+    model, inputs = _model(), _inputs()
+    once = _compensated(_pruned(model), model, inputs, rank=2)
+    twice = _compensated(once, model, inputs, rank=8)
+    assert _ranks(twice) == [10, 10]
+    assert _error(twice, model, inputs) < 0.5 * _error(once, model, inputs)
+    rest = _compensated(once, model, inputs, rank=12)
+    assert _error(rest, model, inputs) < 1e-9
+
+
+def test_weights_that_are_no_products_in_a_factorised_model_are_left_and_named() -> None:
+    model, inputs, notes = _model(), _inputs(), list[str]()
+    small = rf.compress(copy.deepcopy(model), "svd", keep=0.5, targets="0", progress=False)
+    again = _compensated(small, model, inputs, rank=12, report=lambda report: notes.extend(report.notes))
+    assert notes == ["not compensated, since they are no products: 2"]
+    assert _error(again, model, inputs) < 1e-9
+
+
+def test_an_original_without_the_layer_is_refused() -> None:
+    model = _model()
+    with pytest.raises(BaseMismatch, match="2 is 8x16 in the compressed model and nothing in the original"):
+        _compensated(_pruned(model), model[:2], _inputs(), rank=2)
+
+
+def test_nan_in_the_original_is_named() -> None:
+    model = _model()
+    small = _pruned(model)
+    model[2].weight.data[0, 0] = float("nan")
+    with pytest.raises(NotFinite, match=r"^2: the weight of the original holds NaN"):
+        _compensated(small, model, _inputs(), rank=2)

@@ -4,13 +4,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import rankfold as rf
 from rankfold.compression.blocks import Calls, block_list, without
 from rankfold.compression.distortion import Distortion
 from rankfold.compression.papers.fusegpt import Fusion, divergence, macro_influence
-from rankfold.errors import InvalidOption, UnsupportedLayer
+from rankfold.errors import Incompatible, InvalidOption, UnsupportedLayer
 from rankfold.statistics.batches import prepared
+from rankfold.statistics.finite import NotFinite
 
 
 class _Block(nn.Module):
@@ -148,3 +150,31 @@ def test_models_without_blocks_and_impossible_options_are_refused() -> None:
         _fused(_model(), rank=0)
     with pytest.raises(InvalidOption, match="leave targets= away"):
         _fused(_model(), targets="all-linear")
+
+
+def test_what_training_would_spoil_is_refused() -> None:
+    model = _Stack().half()
+    how: dict[str, Any] = {"keep": 0.5, "data": [torch.randn(2, 3, 8)], "progress": False}
+    with pytest.raises(Incompatible, match=r"fusegpt trains, and blocks.0.norm.weight is float16"):
+        rf.compress(model, "fusegpt", **how)
+    model = _Stack()
+    model.blocks[1].up.weight.data[0, 0] = float("nan")
+    with pytest.raises(NotFinite, match=r"^blocks.1.up.weight: the weight holds NaN"):
+        rf.compress(model, "fusegpt", **how)
+    model = rf.compress(_Stack(), "svd", keep=0.5, progress=False)
+    with pytest.raises(Incompatible, match="was compressed already"):
+        rf.compress(model, "fusegpt", **how)
+
+
+def test_the_transposed_layers_of_gpt2_are_fused() -> None:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 8, "n_layer": 3, "n_head": 2, "vocab_size": 16, "n_positions": 8}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+    before = [block.mlp.c_fc.weight.detach().clone() for block in model.transformer.h]
+    batches = [{"input_ids": torch.randint(16, (2, 8))}]
+    options: dict[str, Any] = {"rank": 2, "epochs": 2, "lr_coefficients": 0.1, "progress": False}
+    rf.compress(model, "fusegpt", keep=0.7, data=batches, **options)
+    found = model.transformer.h[0].mlp.c_fc.weight
+    assert len(model.transformer.h) == model.config.n_layer == 2
+    assert min(float((found.detach() - weight).norm()) for weight in before) > 0.001
+    assert bool(model(**batches[0]).logits.isfinite().all())

@@ -12,6 +12,7 @@ import rankfold as rf
 from rankfold.compression.distortion import Distortion
 from rankfold.compression.papers.layer_adaptive_pruning import chosen_levels, kept_mask
 from rankfold.errors import InvalidOption
+from rankfold.statistics.finite import NotFinite
 
 
 def _model() -> nn.Sequential:
@@ -126,3 +127,23 @@ def test_what_it_cannot_do_is_said_and_the_model_stays() -> None:
     with pytest.raises(InvalidOption, match="leave share= away"):
         rf.compress(model, "layer-adaptive-pruning", keep=0.5, share="uniform", progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_convolution_whose_channels_are_last_is_pruned() -> None:
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    how: dict[str, Any] = {"targets": "convolutions", "levels": 4, "progress": False}
+    rf.compress(conv, "layer-adaptive-pruning", keep=0.5, data=[torch.randn(4, 4, 6, 6)], **how)
+    assert int((conv[0].weight != 0).sum()) == 144
+
+
+def test_a_weight_with_nan_is_named() -> None:
+    model = _model()
+    model[2].weight.data[0, 0] = float("nan")
+    with pytest.raises(NotFinite, match=r"^2: the weight holds NaN"):
+        _pruned(model, 0.5)
+
+
+def test_where_everything_may_remain_rounding_takes_nothing() -> None:
+    curves = [[0.0, 1.0, 2.0]] * 3
+    assert chosen_levels([10_001, 5_003, 7_001], curves, [0, 0, 0], 4, 1.0) == [0, 0, 0]

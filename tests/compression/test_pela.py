@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.compression.papers.pela import DistillationLoss
-from rankfold.errors import InvalidOption
+from rankfold.errors import Incompatible, InvalidOption
 
 
 def _model() -> nn.Sequential:
@@ -110,3 +110,10 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(InvalidOption, match="steps, features, perturbation and tolerance"):
         rf.compress(model, "pela", keep=0.5, data=[INPUTS], steps=-1, progress=False)
+
+
+def test_float16_which_training_would_turn_into_nan_is_refused() -> None:
+    model = _model().half()
+    with pytest.raises(Incompatible, match=r"pela trains, and 0\.weight is float16"):
+        rf.compress(model, "pela", keep=0.5, data=[INPUTS.half()], steps=2, progress=False)
+    assert isinstance(model[0], nn.Linear)

@@ -378,3 +378,34 @@ def test_the_peak_above_the_model_does_not_grow_with_its_depth(way: dict[str, An
         above[depth] = peak.most - peak.begin
         assert peak.now < 1.3 * peak.begin
     assert above[12] < 1.05 * above[3]
+
+
+def test_blocks_are_taken_out(small: CompressConfig) -> None:
+    options = {"compress.epochs": 0}
+    facts = _run(replace(small, method="fusegpt", keep=0.5, form="dense", set=options))
+    model = AutoModelForCausalLM.from_pretrained(str(small.out))
+    assert model.config.num_hidden_layers == 1
+    assert facts["weights"] == 2
+
+
+def test_stock_layers_without_a_product_are_dense(small: CompressConfig) -> None:
+    options = {"compress.levels": 2}
+    facts = _run(replace(small, method="layer-adaptive-pruning", keep=0.7, form="layers", set=options))
+    assert facts["form"] == "dense"
+    assert "trust_remote_code" not in facts["loads_with"]
+    AutoModelForCausalLM.from_pretrained(str(small.out))
+
+
+def test_what_is_refused_before_a_weight_is_solved_leaves_nothing(small: CompressConfig) -> None:
+    with pytest.raises(InvalidOption, match="energy"):
+        _run(replace(small, share="energy"))  # which takes no keep
+    assert not Path(str(small.out)).exists()
+
+
+def test_a_refusal_does_not_cost_what_was_to_be_overwritten(small: CompressConfig) -> None:
+    _run(small)
+    before = _tensors(small.out)
+    for wrong in ({"share": "unifrom"}, {"targets": ("embeddings",)}):
+        with pytest.raises(RankfoldError):
+            _run(replace(small, **wrong), overwrite=True)  # type: ignore[arg-type]
+    assert _tensors(small.out).keys() == before.keys()

@@ -48,9 +48,9 @@ def test_a_page_says_what_the_method_says_of_itself(method):
     said = [
         method.formula,
         method_pages.escaped(method.title),
-        str(method.start),
         f"year = {{{method.year}}}",
     ]
+    said += [] if method.axis in method_pages.JOBS else [str(method.start)]  # they begin no training
     said += [f"| `{option}` |" for option in method.options]
     said += [f"https://arxiv.org/abs/{method.arxiv}"] if method.arxiv else []
     said += [f"https://github.com/{method.code}"] if method.code else []

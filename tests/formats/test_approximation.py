@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.errors import InvalidOption
+from rankfold.errors import Incompatible, InvalidOption
 from rankfold.formats.change import approximated, exact_change, smallest_rank, tail_error, truncated
 from rankfold.layers import require
 
@@ -172,3 +172,25 @@ def test_an_exact_pair_is_the_change(method: str, shape: tuple[int, int]) -> Non
     assert pair is not None
     change = expression.dense() - model[0].weight
     torch.testing.assert_close(pair[0] @ pair[1], change, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("format", ["peft", "portable", "gguf", "dense"])
+def test_an_adapter_with_nan_is_not_written(format: str, tmp_path: Path) -> None:
+    model = adapted("llama")
+    layer = model.get_submodule("model.layers.1.self_attn.q_proj")
+    torch.nn.init.constant_(layer.expression.leaf("up").value, float("nan"))  # type: ignore[union-attr, operator]
+    with pytest.raises(Incompatible, match=r"layers\.1\.self_attn\.q_proj:up holds NaN"):
+        rf.export(model, tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("method", ["hra", "hira"])
+def test_a_change_of_a_weight_with_nan_is_not_written(method: str, rank: int | None, tmp_path: Path) -> None:
+    model = full(method)
+    layer = next(iter(require(model).layers.values()))
+    with torch.no_grad():
+        layer.stored()[0, 0] = float("nan")
+    with pytest.raises(Incompatible, match="its change holds NaN"):
+        rf.export(model, tmp_path / "out", "portable", rank=rank)
+    assert not (tmp_path / "out").exists()

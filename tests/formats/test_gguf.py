@@ -197,6 +197,11 @@ def test_a_file_that_is_there_is_replaced_only_when_asked(tmp_path: Path) -> Non
     assert file.read_bytes() == b"mine"
     rf.export(model, file, "gguf", overwrite=True)
     assert read(file)[1]
+    with pytest.raises(OutputExists, match="a part of its path is a file"):
+        rf.export(model, file / "below.gguf", "gguf")
+    (tmp_path / "b.gguf").mkdir()
+    with pytest.raises(OutputExists, match="is a folder, not a file"):
+        rf.export(model, tmp_path / "b.gguf", "gguf", overwrite=True)
 
 
 def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

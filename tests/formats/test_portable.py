@@ -217,7 +217,7 @@ def test_files_that_are_missing_truncated_or_pickled(folder: Path) -> None:
     (folder / form.TENSORS).write_bytes(data[:100])
     complains(folder, "is truncated or no safetensors file")
     (folder / form.TENSORS).rename(folder / "adapter_model.bin")
-    complains(folder, "there is no file")
+    complains(folder, "adapter_model.bin is pickled, could run code and is not read")
     (folder / form.CONFIG).write_text("{")
     complains(folder, "is not valid JSON")
     complains(folder / "nowhere", "there is no file")

@@ -518,6 +518,15 @@ def test_a_gguf_lora_is_read_under_llama_cpps_names(alpha: float, tmp_path: Path
     unpacked = torch.from_numpy(gguf.dequantize(packed, gguf.GGMLQuantizationType.Q8_0))
     is_same(changes.dense("blk.0.attn_q"), scale * up.half().float() @ unpacked)
     is_same(changes.dense("token_embd"), scale * embedding[0] @ embedding[1].T)
+    with pytest.raises(Incompatible, match=r"blk\.0\.attn_q is a GGUF name, which only its model can undo"):
+        changes.save(tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_bare_file_of_peft_loses_the_prefix_of_its_names(tmp_path: Path) -> None:
+    name = "base_model.model.body.last"
+    file = written(tmp_path / "a.safetensors", lora(name, PAIR, *DIFFUSERS))
+    assert rf.read_changes(file).paths == ("body.last",)
 
 
 def test_a_gguf_lora_is_loaded_into_the_model_that_it_was_made_for(tmp_path: Path) -> None:

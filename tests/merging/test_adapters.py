@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from model_folders import Writer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold import catalogue
-from rankfold.errors import Incompatible, InvalidOption, InvalidRank, NotAdapted
+from rankfold.errors import Incompatible, InvalidOption, InvalidRank, MissingPath, NotAdapted
 from rankfold.formats.changes import Changes, read_changes
 from rankfold.merging import MergeReport
 from rankfold.merging.papers.ties import ties
@@ -285,3 +287,43 @@ def test_every_linear_rule_says_its_coefficients_on_unit_vectors() -> None:
         dense = (one.dense("a"), two.dense("a"))
         target = catalogue.get("merge", name).build(Parts("a", dense, (0.3, 0.9), torch.zeros_like(dense[0])))
         torch.testing.assert_close(merged.dense("a"), target)
+
+
+def test_an_adapter_beside_what_is_not_there_is_told_so(tmp_path: Path) -> None:
+    model = adapted_folder(tmp_path)
+    with pytest.raises(MissingPath, match=r"there is no model folder .*missing"):
+        merge([model, tmp_path / "missing"], "linear")
+    with pytest.raises(MissingPath, match=r"there is no model folder .*missing"):
+        merge([model, model], "linear", base=tmp_path / "missing")
+
+
+def test_a_file_beside_a_folder_of_a_model_is_told_so(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(2, 2)}, file)
+    with pytest.raises(Incompatible, match=r"model.safetensors is a file, which can be an adapter only"):
+        merge([file, tmp_path], "linear")
+
+
+def adapted_folder(tmp_path: Path) -> Path:
+    return rf.save(rf.adapt(nn.Sequential(nn.Linear(4, 3)), "lora", rank=2), tmp_path / "adapter")
+
+
+def test_weights_stay_with_their_adapters_where_one_lacks_a_weight() -> None:
+    one, two = changes(2, 1, ("a",)), changes(1, 2, ("b",))
+    merged, _ = merge([one, two], "task-arithmetic", weights=[0.7, -0.3])
+    torch.testing.assert_close(merged.dense("a"), 0.7 * one.dense("a"))
+    torch.testing.assert_close(merged.dense("b"), -0.3 * two.dense("b"))
+
+
+def test_flattened_names_are_undone_by_a_folder_of_the_base(tmp_path: Path) -> None:
+    base = Writer(tmp_path).llama("base")
+    path = "model.layers.0.self_attn.q_proj"
+    up, down = torch.ones(16, 1), torch.ones(1, 16)
+    file = tmp_path / "flat.safetensors"
+    name = f"lora_te_{path.replace('.', '_')}"
+    leaves = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(1.0)}
+    save_file({f"{name}.{key}": value for key, value in leaves.items()}, file)
+    assert read_changes(file).flattened
+    merged, _ = merge([file, file], "task-arithmetic", base=base)
+    assert merged.paths == (path,)
+    torch.testing.assert_close(merged.dense(path), torch.full((16, 16), 2.0))

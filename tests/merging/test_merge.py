@@ -19,6 +19,7 @@ from rankfold import catalogue
 from rankfold.errors import FormatError, Incompatible, InvalidOption, OutputExists, UnknownMethod
 from rankfold.merging import MergeReport
 from rankfold.merging.models import Shape
+from rankfold.merging.norms import PIECE
 from rankfold.merging.registry import merger
 from rankfold.merging.sources import Sources
 from rankfold.merging.writer import ShardWriter
@@ -334,3 +335,67 @@ def test_a_shard_takes_what_was_announced_and_nothing_else(tmp_path: Path) -> No
     writer.write("a", torch.ones(2))
     with pytest.raises(Incompatible, match=r"the method gave no b \(1 are missing\)"):
         writer.__exit__(None, None, None)
+
+
+def test_a_sum_of_large_tensors_is_written_in_pieces_and_is_the_sum(write: Writer, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    size = 2 * PIECE + 3
+    models = [{"w": torch.randn(size, generator=generator)} for _ in range(2)]
+    folders = [write(name, tensors) for name, tensors in zip("ab", models, strict=True)]
+    reports: list[MergeReport] = []
+    merge(folders, "linear", weights=[1, 3], out=tmp_path / "out", report=reports.append)
+    expected = (models[0]["w"] + 3 * models[1]["w"]) / 4
+    torch.testing.assert_close(read(tmp_path / "out")["w"], expected)
+    moved = (expected - models[0]["w"]).norm() / models[0]["w"].norm()
+    assert reports[0].rows == [{"tensor": "w", "change": pytest.approx(float(moved), rel=1e-5)}]
+    assert reports[0].bytes == 4 * size
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_in_the_last_piece_of_a_sum_is_found(
+    write: Writer, tmp_path: Path, value: float
+) -> None:
+    one, other = torch.ones(PIECE + 2), torch.ones(PIECE + 2)
+    other[-1] = value
+    folders = [write(name, {"w": tensor}) for name, tensor in zip("ab", (one, other), strict=True)]
+    sentence = "b: w holds NaN in 1 of" if value != value else "linear gives infinities in w"
+    with pytest.raises(Incompatible, match=sentence):
+        merge(folders, "linear", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_infinite_in_all_models_stays_in_a_sum_of_pieces(write: Writer, tmp_path: Path) -> None:
+    mask = torch.ones(PIECE + 2)
+    mask[-1] = -torch.inf
+    folders = [write(name, {"mask": mask, "w": torch.ones(2) * n}) for n, name in enumerate("ab")]
+    merge(folders, "linear", out=tmp_path / "out")
+    assert torch.equal(read(tmp_path / "out")["mask"], mask)
+    assert torch.equal(read(tmp_path / "out")["w"], torch.full((2,), 0.5))
+
+
+def test_a_tensor_of_which_a_part_came_is_missing(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, {"w": Shape((4,), torch.float32)})
+    with pytest.raises(Incompatible, match="gave no w"), writer:
+        assert not writer.write_flat("w", [torch.ones(3)])
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "ties"])
+def test_weights_that_the_numbers_cannot_hold_are_one_sentence(method: str) -> None:
+    with pytest.raises(InvalidOption, match=rf"{method}: the weights .1e.60, 1.0.*larger"):
+        merge([network(1), network(2)], method, base=network(0), weights=[1e60, 1])
+
+
+def test_integers_keep_their_type_where_another_is_asked_for(write: Writer, tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(3), "ids": torch.arange(4)}
+    folders = [write("one", tensors), write("two", tensors)]
+    merge(folders, "linear", dtype="bfloat16", out=tmp_path / "out")
+    assert [read(tmp_path / "out")[name].dtype for name in tensors] == [torch.bfloat16, torch.int64]
+
+
+def test_every_tensor_of_a_shard_starts_at_a_multiple_of_its_entries(tmp_path: Path) -> None:
+    shapes = {"a": Shape((1,), torch.bfloat16), "b": Shape((3,), torch.float32)}
+    with ShardWriter(tmp_path, shapes) as writer:
+        for name, shape in shapes.items():
+            writer.write(name, torch.ones(shape.shape, dtype=shape.dtype))
+    for name, place in writer.places.items():
+        assert place.start % shapes[name].dtype.itemsize == 0

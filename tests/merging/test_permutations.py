@@ -317,3 +317,8 @@ def test_channels_that_a_layer_does_not_take_in_stay_although_their_number_fits(
     model = nn.Sequential(nn.Conv1d(2, 6, 1), nn.Flatten(2), nn.Linear(6, 4))
     with pytest.raises(UnsupportedLayer, match="no hidden units of Sequential"):
         specification(model)
+
+
+def test_a_specification_of_a_number_is_one_sentence() -> None:
+    with pytest.raises(InvalidOption, match="up"):
+        specified({"up": 5}, {"up": (6, 4)})  # type: ignore[dict-item]

@@ -87,6 +87,8 @@ def test_a_tied_head_that_a_file_repeats_is_merged_once(folder: Writer) -> None:
     assert Sources(paths).names == ("embed.weight",)
     untied = folder("untied", twice, {"vocab_size": 5, "tie_word_embeddings": False})
     assert Sources([untied]).names == ("embed.weight", "lm_head.weight")
+    other = folder("other", {"embed.weight": table, "lm_head.weight": table + 1}, config)
+    assert Sources([other]).names == ("embed.weight", "lm_head.weight")
 
 
 @pytest.mark.parametrize(
@@ -259,3 +261,9 @@ def test_a_folder_becomes_a_live_model_of_its_own_class(folder: Writer) -> None:
     nameless = folder("nameless", {"a": torch.ones(1)})
     with pytest.raises(Incompatible, match="names no architecture"):
         Sources([nameless]).module()
+
+
+@pytest.mark.parametrize("weights", ["ab", 0.5, [None, 1.0], [[1.0], 2.0]])
+def test_weights_that_are_no_numbers_are_one_sentence(weights: object) -> None:
+    with pytest.raises(InvalidOption, match="weights must be a list of numbers"):
+        Sources(twins(2), weights=weights)  # type: ignore[arg-type]

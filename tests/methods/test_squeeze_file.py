@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,12 @@ def test_a_folder_that_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
 def test_what_the_form_cannot_hold_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(Incompatible, match="trained whole"):
         rf.squeeze(changes(), 2, out=tmp_path / "out", format="portable")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_only_the_model_undoes_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(Incompatible, match="0 is a name that only the model undoes; pass it as base="):
+        rf.squeeze(replace(changes(), flattened=True), 2, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -155,6 +155,9 @@ def is_function(method: rf.Method) -> bool:
 
 def _candidates(method: rf.Method) -> Iterator[str]:
     """Yield the examples to try."""
+    if method.axis == "merge":
+        yield from _of_rule(method)
+        return
     if is_function(method):
         yield _of_function(method)
         return
@@ -176,6 +179,25 @@ def _of_function(method: rf.Method) -> str:
     imports = f"from {module} import {name}\n"
     needed = any(re.search(rf"(?<![.\w]){name}\(", source) for source in found)
     return "\n".join(map(_prompted, [imports, *found] if needed else found))
+
+
+def _of_rule(method: rf.Method) -> Iterator[str]:
+    """Yield examples of merging by a rule, without data and with them."""
+    layers = "torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))"
+    options = {"progress": False, **method.traits.get("example", {})}
+    given = "".join(f", {key}={_code(value)}" for key, value in options.items())
+    base = "" if method.traits["base"] == "unused" else ", base=base"
+    imports = "import torch, rankfold as rf"
+    before = [f"base = {layers}"] if base else []
+    for data in ("", ", data=[torch.eye(8)]"):
+        lines = [
+            imports,
+            *before,
+            f"models = [{layers} for _ in range(2)]",
+            f'merged = rf.merge(models, "{method.name}"{base}{data}{given})',
+            "merged(torch.ones(1, 8)).shape",
+        ]
+        yield "\n".join(map(_prompted, lines))
 
 
 def _own(method: rf.Method) -> list[str]:
@@ -245,7 +267,8 @@ def _point(recipe: rf.Recipe) -> tuple[str, dict[str, Any]]:
 
 
 def _word(axis: str, name: str) -> str:
-    return name if len(axes_of(name)) == 1 else f"{axis}={name}"
+    points = [known for known in axes_of(name) if known in (*space.AXES, "pretrain", "recipe")]
+    return name if len(points) == 1 else f"{axis}={name}"
 
 
 def _part(part: tuple[str, Mapping[str, Any]]) -> str:

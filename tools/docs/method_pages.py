@@ -29,7 +29,11 @@ AXES = {
     ),
     "optim": ("Optimizers", "How all weights are trained while the optimizer remembers little of each."),
     "recipe": ("Recipes", "Points that a paper has given a name."),
+    "compress": ("Compression", "How a model that is there becomes a smaller one."),
+    "merge": ("Merging", "How several models, or several adapters, become one."),
+    "analysis": ("Analysis", "What a model or two say of themselves."),
 }
+JOBS = ("compress", "merge", "analysis")  # axes that begin no training
 # What the start of an initialiser does to the model.
 GIVES = {
     "zero": "a product that is zero, so the model starts as the base",
@@ -152,13 +156,20 @@ def page(method: rf.Method) -> str:
         *(f"{_paragraph(text)}\n" for text in doc.body),
         f"## Example\n\n```pycon\n{shown}\n```\n",
         f"## When to use it\n\n{when(method, doc, found)}\n",
-        f"## Before the first step\n\nThe model's output is {escaped(str(method.start))}.\n",
+        *_before_training(method),
         f"## Options\n\n{options(method)}\n",
         f"## Cost\n\n{cost(method, found)}\n",
         f"## Goes with\n\n{partners(method)}\n",
         f"## Citation\n\n```bibtex\n{citation(method)}\n```\n",
     ]
     return "\n".join(parts)
+
+
+def _before_training(method: rf.Method) -> list[str]:
+    """Return what is said of the model before it is trained, of methods that begin a training."""
+    if method.axis in JOBS:
+        return []
+    return [f"## Before the first step\n\nThe model's output is {escaped(str(method.start))}.\n"]
 
 
 # Parts of a page --------------------------------------------------------------------------------------
@@ -173,6 +184,8 @@ def when(method: rf.Method, doc: Docstring, found: Mapping[str, Cost]) -> str:
         "dynamics": _of_dynamics,
         "optim": _of_optim,
         "recipe": _of_recipe,
+        "compress": _of_compressor,
+        "merge": _of_rule,
     }
     axis = space.axis_of(method)
     facts = "\n".join(f"- {fact}" for fact in (asked[axis](method) if axis in asked else ()))
@@ -263,6 +276,35 @@ def _of_optim(method: rf.Method) -> Iterator[str]:
     yield str(method.traits.get("use", called))
 
 
+def _of_compressor(method: rf.Method) -> Iterator[str]:
+    traits = method.traits
+    if "solves" not in traits:
+        yield "Is called by itself and is no method of `rf.compress`."
+        return
+    yield f'Is called as `rf.compress(model, "{method.name}", ...)`.'
+    needs = _statistics(method) if "needs" in traits else ""
+    reads = "runs the model on `data` itself" if traits["whole"] and not needs else "reads no data"
+    yield f"Reads {needs} from `data`." if needs else f"It {reads}, where its options do not say otherwise."
+    if not traits["whole"]:
+        yield f"Shares the numbers out by `{traits['share']}`, unless `share` says otherwise."
+    if traits["rest_frozen"]:
+        yield "Freezes what it does not replace."
+
+
+def _of_rule(method: rf.Method) -> Iterator[str]:
+    yield f'Is called as `rf.merge(models, "{method.name}", ...)`.'
+    asked = {
+        "needed": "Needs the base.",
+        "optional": "Takes the base, where it is given.",
+        "unused": "Asks for no base.",
+    }
+    yield asked[method.traits["base"]]
+    if method.traits["linear"]:
+        yield "Merges adapters exactly, by putting their factors side by side."
+    if method.traits["whole"]:
+        yield "Looks at all tensors together."
+
+
 def _of_recipe(method: rf.Method) -> Iterator[str]:
     point = accepted_point(method)
     yield f"Is the point `{point.text()}` with the options of its paper; every part may be chosen apart, too."
@@ -276,7 +318,8 @@ def _asked(method: rf.Method) -> Iterator[str]:
 
 def _statistics(method: rf.Method) -> str:
     needs = method.traits.get("needs", ())
-    found = needs(dict(method.options), 2) if callable(needs) else needs
+    given = (dict(method.options),) if method.axis == "compress" else (dict(method.options), 2)
+    found = needs(*given) if callable(needs) else needs
     return _listed(dict.fromkeys(f"`{need if isinstance(need, str) else need[0]}`" for need in found))
 
 
@@ -353,6 +396,8 @@ def cost(method: rf.Method, found: Mapping[str, Cost]) -> str:
             f"For a weight {SIDE} x {SIDE} the optimizer keeps {kept:,} numbers with its defaults, "
             f"{100 * kept / adam:.2g} % of Adam's {adam:,}. The weight has a whole gradient."
         )
+    if method.axis in JOBS:
+        return "None when the model is used, beyond that of the weights which it leaves."
     if is_function(method):
         return "None during training, of which it is no part."
     if not found:
@@ -392,6 +437,8 @@ def partners(method: rf.Method) -> str:
     """Return which layers a method takes and which methods of the other axes."""
     if method.axis == "optim":
         return "Any model. It is no part of a point: it stands where the optimizer stands."
+    if method.axis in JOBS:
+        return "It is no part of a point: it takes a model, trained in any way, and gives one."
     if space.axis_of(method) == "pretrain":
         return "Any model and any optimizer. It is no part of a point."
     lines = [f"- The point `{accepted_point(method).text()}`."] if method.axis == "recipe" else []

@@ -1,6 +1,8 @@
 """The `rankfold` command: its verbs, and how errors become one sentence and an exit code."""
 
+import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Annotated
@@ -61,8 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TyperException as error:
         return _fail(error.format_message(), BAD_INPUT)
     if code == INTERRUPTED:
-        return _fail("interrupted; the same command continues with --resume", INTERRUPTED)
+        return _fail(_interrupted(sys.argv[1:] if given is None else given), INTERRUPTED)
     return code or 0
+
+
+def _interrupted(words: Sequence[str]) -> str:
+    """Say how it goes on: verbs that keep what they did have --resume, others leave nothing behind."""
+    verbs = [command.callback for command in app.registered_commands if command.callback]
+    resumes = {verb.__name__ for verb in verbs if "resume" in inspect.signature(verb).parameters}
+    goes_on = bool(words) and words[0] in resumes
+    return f"interrupted; {'the same command continues with --resume' if goes_on else 'nothing was written'}"
 
 
 def _fail(message: str, code: int) -> int:

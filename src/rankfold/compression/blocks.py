@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -98,7 +100,11 @@ class Calls:
         # A cache of keys would grow by every call that is repeated.
         rest = {k: None if k in _CACHES else v for k, v in kwargs.items() if k != "hidden_states"}
         hidden = args[0] if args else kwargs["hidden_states"]
-        self.inputs.append((hidden.detach(), args[1:], rest))
+        names = [*inspect.signature(block.forward).parameters][: len(args)]
+        further = tuple(
+            None if name in _CACHES else value for name, value in zip_longest(names[1:], args[1:])
+        )
+        self.inputs.append((hidden.detach(), further, rest))
         self.outputs.append(hidden_of(output).detach())
 
 

@@ -20,7 +20,7 @@ from ..statistics import Statistics
 from ..statistics.calibrating import Progress
 from ..statistics.finite import require_finite
 from ..statistics.watched import Watched, watch
-from .ledger import Ledger
+from .ledger import Ledger, digest
 from .measuring import Distortion, Undo, biases_of, stand_in
 from .objective import Objective, Site, Solved, nested, solved, spectrum_of
 from .registry import Need, compressor_named, needs_of
@@ -96,13 +96,15 @@ def compress(
         (up*[16x4] @ down*[4x16])
     """
     found = compressor_named(method)
+    _check_kinds(model, original, share)
     way = {"share": share, "calibration": calibration, "solver": solver, "memory": memory, "folder": folder}
     _check(0.7 if keep is None else keep, calibration, solver, few_tokens)
     _refuse_unread(found, keep, way)
     checked, began = found.checked(options), time.perf_counter()
     keep = 0.7 if keep is None else keep
     task = Task(
-        model, float(keep), targets or found.traits["targets"], _held(data), loss, seed, progress,
+        model, float(keep), found.traits["targets"] if targets is None else targets, _held(data), loss, seed,
+        progress,
         CompressionReport(found.name, checked, keep), original, few_tokens,
     )  # fmt: skip
     if found.traits["whole"]:
@@ -138,6 +140,15 @@ def _check(keep: Any, calibration: str | None, solver: str | None, few_tokens: s
         raise InvalidOption(f"solver must be 'exact' or 'randomised', not {solver!r}")
     if few_tokens not in ("error", "allow"):
         raise InvalidOption(f"few_tokens must be 'error' or 'allow', not {few_tokens!r}")
+
+
+def _check_kinds(model: Any, original: Any, share: Any) -> None:
+    for value in [model] if original is None else [model, original]:
+        if not isinstance(value, nn.Module):
+            raise InvalidOption(f"compress takes a model that is loaded, an nn.Module, not {value!r}")
+    pair = isinstance(share, tuple | list) and len(share) == 2 and isinstance(share[0], str)
+    if not (share is None or isinstance(share, str) or (pair and isinstance(share[1], Mapping))):
+        raise InvalidOption(f"share must be a name or a pair (name, options), not {share!r}")
 
 
 def _held(data: Iterable[Any] | Statistics | None) -> Sequence[Any] | Statistics | None:
@@ -189,7 +200,7 @@ class Work:
     def run(self, calibration: str, folder: Path | None) -> None:
         """Solve every weight and put what was found into the model."""
         sequential = calibration == "sequential" and bool(self.needs)
-        ledger = Ledger(folder, self._plan(calibration))
+        ledger = Ledger(folder, {} if folder is None else self._plan(calibration))
         ranks = ledger.ranks or self._ranks()
         ledger.ranks = ranks
         chosen = [weight for weight in self.weights if ranks[weight.path] is not None]
@@ -214,6 +225,8 @@ class Work:
             "share": self.share.name, "share_options": self.share_options, "calibration": calibration,
             "solver": self.solver, "seed": self.task.seed,
             "weights": {path: list(shape) for path, shape in self.shapes.items()},
+            "weights (sha256)": digest([weight.layer.stored() for weight in self.weights]),
+            "tensors of the data (sha256)": digest(self.task.data),  # of collected statistics, of nothing
         }  # fmt: skip
 
     def _ranks(self) -> dict[str, int | None]:
@@ -366,10 +379,7 @@ def targeted(task: Task, method: Method) -> list[Watched]:
         UnsupportedLayer: a weight is of a kind that the method does not apply to.
         InvalidOption: a weight holds NaN or infinite entries.
     """
-    if adaptation_of(task.model) is not None:
-        raise Incompatible(
-            "the model holds an adapter or was compressed already; rankfold.fold(model) first, then compress"
-        )
+    refuse_adapted(task.model)
     weights = watch(task.model, task.targets)
     for weight in weights:
         kinds = method.traits["layers"]
@@ -381,6 +391,18 @@ def targeted(task: Task, method: Method) -> list[Watched]:
             )
         require_finite(weight.layer.matrix().detach(), f"{weight.path}: the weight")
     return weights
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Refuse a model whose weights are expressions already.
+
+    Raises:
+        Incompatible: it is one.
+    """
+    if adaptation_of(model) is not None:
+        raise Incompatible(
+            "the model holds an adapter or was compressed already; rankfold.fold(model) first, then compress"
+        )
 
 
 def _kind(layer: StructuredLayer) -> str:

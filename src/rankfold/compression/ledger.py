@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, Incompatible
-from ..formats.files import complete_file, json_text, read_json, read_tensors, write_json, write_tensors
+from ..errors import FormatError, Incompatible, RankfoldError
+from ..formats.files import json_text, read_json, read_tensors, write_json, write_tensors
 from .objective import Solved
+from .task import tensors_of
 
 PLAN, RANKS = "plan.json", "ranks.json"
+
+
+class NotKept(RankfoldError, OSError):
+    """What is solved cannot be written to its folder."""
 
 
 class Ledger:
@@ -71,12 +76,35 @@ class Ledger:
         if self.folder is None:
             self._held[path] = found
             return
-        with complete_file(self._file(path)) as aside:
-            write_tensors(aside, _to_tensors(found))
+        write_kept(self._file(path), _to_tensors(found))
 
     def _file(self, path: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{hashlib.sha256(path.encode()).hexdigest()[:24]}.safetensors"
+
+
+def write_kept(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors that a compression goes on from.
+
+    Raises:
+        NotKept: the library that writes tensors could not, as where the disk is full.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        write_tensors(file, tensors)
+    except SafetensorError as error:  # which is no OSError where the disk is full
+        raise NotKept(f"{file} could not be written: {error}") from error
+
+
+def digest(data: Any) -> str:
+    """Return a digest of the tensors in nested data, by which a compression knows them again."""
+    found = hashlib.sha256()
+    for tensor in tensors_of(data):
+        plain = tensor.detach().cpu().contiguous()
+        found.update(f"{plain.dtype}{list(plain.shape)}".encode())
+        found.update(plain.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _plain(data: Mapping[str, Any]) -> dict[str, Any]:

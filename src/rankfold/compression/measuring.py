@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import Incompatible
-from ..formats.files import read_tensors, write_tensors
+from ..formats.files import read_tensors
+from ..layers import StructuredTransposedLinear
 from ..statistics.batches import call, loss_of, prepared
 from ..statistics.calibrating import calibrating
 from ..statistics.watched import Watched
+from .ledger import write_kept
 from .objective import Solved
 from .task import Task
 
@@ -53,7 +55,7 @@ class Undo:
             before = tensor.clone()
             return lambda: before
         file = self._folder / f"before-{len(self._steps)}.safetensors"
-        write_tensors(file, {"before": tensor})
+        write_kept(file, {"before": tensor})
         return lambda: read_tensors(file)["before"]
 
     def give_bias(self, weight: Watched, value: Tensor) -> None:
@@ -66,13 +68,15 @@ class Undo:
 
 def stand_in(weight: Watched, found: Solved, undo: Undo) -> None:
     """Let a weight have the values that its factors give."""
-    matrix = weight.layer.matrix().detach()
-    undo.assign(matrix, found.matrix())
+    matrix, stored = found.matrix(), weight.layer.stored().detach()
+    # The layer's matrix may be a copy, as where a convolution has its channels last.
+    transposed = isinstance(weight.layer, StructuredTransposedLinear)
+    undo.assign(stored, matrix.T if transposed else matrix.reshape(stored.shape))
     if found.shift is None:
         return
     biases = biases_of(weight)
     if not biases:
-        undo.give_bias(weight, found.shift.to(matrix))
+        undo.give_bias(weight, found.shift.to(stored))
     for bias in biases:
         undo.assign(bias, bias + found.shift.to(bias))
 

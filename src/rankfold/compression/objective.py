@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..errors import InvalidOption, NotDense
 from ..layers import StructuredEmbedding, StructuredLayer
-from ..linalg import Diagonal, LowRank, Metric, weighted_low_rank
+from ..linalg import Diagonal, LowRank, Metric, RootGram, factored_svd, output_low_rank, weighted_low_rank
 from ..optim.seeds import hashed
 from ..statistics.statistics import WeightStatistics
 from ..weights.kernels import at_least_float32
 
+LARGE = 8  # a rank above this share of the smaller side is too large for a random range to pay
 Split = Literal["metric", "product", "orthogonal"]
 
 
@@ -162,9 +163,37 @@ def solved(site: Site, objective: Objective, rank: int, solver: str = "exact") -
         site: the weight.
         objective: the error.
         rank: at least 1.
-        solver: "exact" or "randomised".
+        solver: "exact", or "randomised": by a random range, or of a wide weight, where the rank is large or a
+            Gram matrix's root would be taken, from the eigenvectors of the Gram matrix of its outputs.
     """
+    pays = isinstance(objective.right, RootGram) or LARGE * rank > min(site.shape)
+    if solver == "randomised" and pays and _by_outputs(site, objective):
+        return _from_outputs(site, objective, rank)
     return _from_terms(site, objective, terms_of(site, objective, rank, solver))
+
+
+def _by_outputs(site: Site, objective: Objective) -> bool:
+    plain = objective.right is None or isinstance(objective.right, RootGram)
+    return objective.left is None and plain and site.shape[0] <= site.shape[1]
+
+
+def _from_outputs(site: Site, objective: Objective, rank: int) -> Solved:
+    """Return the best factors without the root of a Gram matrix; see `output_low_rank`."""
+    target = objective.target(site)
+    gram = objective.right.matrix if isinstance(objective.right, RootGram) else None
+    up, down, values = output_low_rank(target, rank, gram, damping=objective.damping)
+    error, size = float(values[rank:].double().norm()), float(values.double().norm())
+    bias = None
+    if objective.mean is not None:
+        mean = objective.mean.to(target)
+        bias = target @ mean - up @ (down @ mean)
+    if objective.split == "metric":
+        root = values[:rank].clamp(min=1e-12 * float(values[0])).sqrt()
+        up, down = up * root, down / root[:, None]
+    elif objective.split == "product":
+        left, singular, right = factored_svd(up, down)
+        up, down = left * singular.sqrt(), singular.sqrt()[:, None] * right
+    return _finished(site, objective, (up, down), bias, error / max(size, 1e-300), values)
 
 
 def nested(site: Site, objective: Objective) -> Callable[[int], Solved]:
@@ -186,15 +215,26 @@ def nested(site: Site, objective: Objective) -> Callable[[int], Solved]:
 
 
 def _from_terms(site: Site, objective: Objective, near: LowRank) -> Solved:
-    matrix = site.matrix()
-    up, down = _split(near, objective.split)
     size = math.hypot(float(near.values.norm()), near.error)
+    factors, error = _split(near, objective.split), near.error / max(size, 1e-300)
+    return _finished(site, objective, factors, near.bias, error, near.spectrum)
+
+
+def _finished(
+    site: Site,
+    objective: Objective,
+    factors: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    error: float,
+    spectrum: Tensor,
+) -> Solved:
+    matrix, (up, down) = site.matrix(), factors
     leaves, product = {"up": up, "down": down}, up @ down
     if objective.offset is not None:
         leaves["offset"] = objective.offset[None].to(up)
         product = product + leaves["offset"]
     plain = torch.linalg.matrix_norm(matrix - product) / torch.linalg.matrix_norm(matrix).clamp(min=1e-30)
-    return Solved(leaves, near.bias, near.error / max(size, 1e-300), float(plain), near.spectrum)
+    return Solved(leaves, bias, error, float(plain), spectrum)
 
 
 def _split(near: LowRank, split: Split) -> tuple[Tensor, Tensor]:

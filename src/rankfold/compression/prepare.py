@@ -13,9 +13,13 @@ import torch
 
 from rankfold.catalogue import Method
 from rankfold.compression.config import CompressConfig
-from rankfold.compression.job import GRAMS
+from rankfold.compression.job import GRAMS, targeted
 from rankfold.compression.registry import compressor_named, needs_of
+from rankfold.compression.shares import check_options, share_named
+from rankfold.compression.task import Task
 from rankfold.errors import Incompatible, InvalidOption
+from rankfold.layers import Targets
+from rankfold.layers.targets import find_targets
 from rankfold.statistics.watched import watch
 from rankfold.training.base import (
     Base,
@@ -118,14 +122,27 @@ def prepare(config: CompressConfig) -> Prepared:
     tables = [_table(source, config) for source in (config.data, config.eval_data)]
     if tables[0] is None and (needs_of(method, options) or needs_of(method, options, lookups=True)):
         raise InvalidOption(f"{method.name} calibrates on text: name it with --data")
+    if config.share is not None or config.options("share"):
+        check_options(share_named(config.share or method.traits["share"]), config.options("share"))
     model, tokenizer, fresh = load_model(config.model, config.dtype, texts=any(tables))
     found = _sequences(config, tables, model, tokenizer)
-    weights = {w.path: w.layer.shape for w in watch(model, config.targets or method.traits["targets"])}
+    targets = config.targets or method.traits["targets"]
+    if not method.traits["whole"]:
+        targeted(Task(model, 1.0, targets), method)  # refuses before a folder is touched
+    weights = _shapes(model, targets)
     names = {need if isinstance(need, str) else need[0] for need in needs_of(method, options)}
     wanted = max((columns for _, columns in weights.values()), default=0) if names & GRAMS else 0
     _refuse_short(config, weights, _tokens(found[0]), wanted)
     model.to(device)  # type: ignore[arg-type]
     return Prepared(config, method, model, tokenizer, weights, *found, wanted, fresh)
+
+
+def _shapes(model: PreTrainedModel, targets: Targets) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the targeted weights by path; of blocks, a row of all that they hold."""
+    if targets == "blocks":
+        found = find_targets(model, targets)
+        return {t.path: (1, sum(p.numel() for p in t.module.parameters())) for t in found}
+    return {weight.path: weight.layer.shape for weight in watch(model, targets)}
 
 
 def _refuse_short(

@@ -17,9 +17,9 @@ from rankfold.compression.job import compress
 from rankfold.compression.picture import draw_spectra
 from rankfold.compression.prepare import Prepared, load_model, prepare
 from rankfold.compression.report import CompressionReport
-from rankfold.errors import InvalidOption
+from rankfold.errors import InvalidOption, RankfoldError
 from rankfold.formats.files import write_json
-from rankfold.layers import count
+from rankfold.layers import adaptation_of, count
 from rankfold.training.base import silence
 from rankfold.training.config import json_settings
 from rankfold.training.finished import BASE, RECORD, STRUCTURE, save_finished
@@ -150,10 +150,26 @@ def run_compression(
     folder.start(config, overwrite=overwrite)
     _same_text(folder.path / TEXT, plan.facts)
     notify(str(plan))
-    report, facts = _compressed(prepared, plan, folder, progress)
+    try:
+        report, facts = _compressed(prepared, plan, folder, progress)
+    except RankfoldError:
+        if not resume:
+            _withdraw(folder)
+        raise
     result = _leave(folder, prepared, plan, report, facts, notify)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return result
+
+
+def _withdraw(folder: RunFolder) -> None:
+    """Leave nothing of a compression that was refused before any weight was solved."""
+    if any(folder.checkpoints.rglob("*.safetensors")):
+        return
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    for file in (folder.config_file, folder.path / TEXT):
+        file.unlink(missing_ok=True)
+    if not any(folder.path.iterdir()):
+        folder.path.rmdir()
 
 
 def _plan(prepared: Prepared) -> CompressionPlan:
@@ -220,7 +236,7 @@ def _leave(
     notify: Notify,
 ) -> CompressionResult:
     """Write the model, the report and the picture, all at once."""
-    form = prepared.config.form
+    form = _form(prepared)
     text = "\n".join([str(report), said(facts), f"{'load':<11} {loading(form, folder.path, prepared.model)}"])
     result = {
         **{key: value for key, value in report.to_dict().items() if key != "rows"},
@@ -250,7 +266,7 @@ def _leave(
 def _save(prepared: Prepared, path: Path, report: CompressionReport) -> None:
     """Write the model in the form that was asked for."""
     path.mkdir()
-    form = prepared.config.form
+    form = _form(prepared)
     if form == "expression":
         facts = {"model": prepared.config.model, "method": report.method, "remains": f"{report.kept:.3f}"}
         save_finished(prepared.model, prepared.tokenizer, path, facts)
@@ -258,6 +274,12 @@ def _save(prepared: Prepared, path: Path, report: CompressionReport) -> None:
     if prepared.tokenizer is not None:
         prepared.tokenizer.save_pretrained(path)
     (save_layers if form == "layers" else save_dense)(prepared.model, path)
+
+
+def _form(prepared: Prepared) -> str:
+    """Return the form of the model: where no weight became a product, stock layers are dense ones."""
+    form = prepared.config.form
+    return "dense" if form == "layers" and adaptation_of(prepared.model) is None else form
 
 
 def loading(form: str, path: Path, model: Any) -> str:

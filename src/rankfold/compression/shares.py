@@ -5,6 +5,7 @@ A rule is a function `rule(units, budget, *, options) -> {path: rank or None}`; 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,7 @@ def shared(found: Share, units: Sequence[Unit], keep: float, options: Mapping[st
         options: of the rule.
 
     Raises:
-        InvalidOption: an option is of another kind, or the budget cannot hold rank 1 everywhere.
+        InvalidOption: an option is unknown or of another kind, or the budget cannot hold rank 1 everywhere.
     """
     if keep == 1:
         return dict.fromkeys((unit.path for unit in units), None)
@@ -129,12 +130,24 @@ def shared(found: Share, units: Sequence[Unit], keep: float, options: Mapping[st
         raise InvalidOption(
             f"keep={keep:g} leaves {budget:,} numbers, and rank 1 in every weight takes {least:,} already"
         )
+    check_options(found, options)
+    return found.rule(units, budget, **options)
+
+
+def check_options(found: Share, options: Mapping[str, Any]) -> None:
+    """Refuse options that a rule does not have, or of another kind.
+
+    Raises:
+        InvalidOption: naming the option and those that there are.
+    """
+    parameters = inspect.signature(found.rule).parameters.values()
+    known = sorted(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
     for key, value in options.items():
+        if key not in known:
+            raise InvalidOption(
+                f"share {found.name} has no option {key!r}; its options: {', '.join(known) or 'none'}"
+            )
         require_kind(f"share {found.name}", found.rule, key, value)
-    try:
-        return found.rule(units, budget, **options)
-    except TypeError as error:
-        raise InvalidOption(f"share {found.name}: {error}") from None
 
 
 @share("uniform")

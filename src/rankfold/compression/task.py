@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidOption
+from ..errors import Incompatible, InvalidOption
 from ..layers import Targets
 from ..statistics import Statistics, collect, sequentially
 from ..statistics.watched import Watched
@@ -54,6 +55,20 @@ class Task:
         if self.data is None or isinstance(self.data, Statistics):
             raise InvalidOption(f"{self.report.method} runs the model on data; pass data= with batches")
         return list(self.data)
+
+
+def refuse_half_precision(model: nn.Module, method: str) -> None:
+    """Refuse to train float16 parameters, in which the steps of Adam become NaN.
+
+    Raises:
+        Incompatible: naming the first of them.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float16:
+            raise Incompatible(
+                f"{method} trains, and {name} is float16, in which Adam overflows; take bfloat16 or float32 "
+                "(model.float(), on the command line --dtype float32)"
+            )
 
 
 def calibrated(
@@ -108,7 +123,7 @@ def one_by_one(data: Sequence[Any] | Statistics) -> Sequence[Any] | Statistics:
 
 def _size(batch: Any) -> int:
     """Return the number of examples: the length of the first tensor."""
-    found = next((tensor for tensor in _tensors(batch) if tensor.dim()), None)
+    found = next((tensor for tensor in tensors_of(batch) if tensor.dim()), None)
     if found is None:
         raise InvalidOption(
             "gradients of single examples need batches of tensors whose first axis is that of the examples; "
@@ -117,12 +132,13 @@ def _size(batch: Any) -> int:
     return len(found)
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a batch, or in other nested data."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping | list | tuple):
         for entry in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(entry)
+            yield from tensors_of(entry)
 
 
 def _example(value: Any, index: int, size: int) -> Any:

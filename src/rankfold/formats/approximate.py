@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidOption
+from ..errors import Incompatible, InvalidOption
 from ..layers import StructuredLayer
 from ..linalg import Gram, Metric, psd_root, weighted_low_rank
 from ..weights import Weight
@@ -68,17 +68,27 @@ def change_of(path: str, expression: Weight, layer: StructuredLayer, goal: Goal)
 
     Raises:
         InvalidOption: the change is not of low rank and the goal allows exact changes only.
+        Incompatible: it holds NaN or infinite entries.
     """
     factors = exact_change(expression)
+    if factors is not None:
+        _check_finite(path, *factors)
     if factors is not None and _keeps(factors, goal):
         return factors, row_of(path, factors[0].shape[1], further=_no_output_error(goal, path))
-    if factors is None and goal.exact:
-        return _of_low_rank(path, dense_change(expression, layer.matrix()))
     target = factors if factors is not None else dense_change(expression, layer.matrix())
+    if isinstance(target, Tensor):
+        _check_finite(path, target)
+        if goal.exact:
+            return _of_low_rank(path, target)
     pair, errors = fitted(target, goal, goal.metric(path))
     error = errors.pop("error")
     further = {"output_error": errors.get("output_error")} if goal.grams else {}
     return pair, row_of(path, pair[0].shape[1], error, exact=error == 0, further=further)
+
+
+def _check_finite(path: str, *parts: Tensor) -> None:
+    if not all(bool(part.isfinite().all()) for part in parts):
+        raise Incompatible(f"{path}: its change holds NaN or infinite entries, as its weight may")
 
 
 def _keeps(factors: Pair, goal: Goal) -> bool:

@@ -38,8 +38,11 @@ class Changes:
         whole: tensors that replace the model's own, by parameter name.
         base: name of the model that the changes were made for, where it is known.
         source: the form that they were read from.
-        flattened: whether the paths are names in which underscores stand for dots, as some trainers write
-            them, and which only the model can undo.
+        flattened: whether the paths are no module's but names that only the model can undo: those in which
+            underscores stand for dots, as some trainers write them, and GGUF's, whose rows may stand in
+            another order, too.
+        tied: by path, a module that shares the weight and changes with it, which other tools' forms cannot
+            say: in those each of the two has a change of its own.
 
     Raises:
         InvalidOption: two factors do not multiply, or a kind or a window does not belong to a pair.
@@ -62,6 +65,7 @@ class Changes:
     base: str = ""
     source: str = ""
     flattened: bool = False
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that the parts belong together."""
@@ -176,7 +180,12 @@ class Changes:
             raise Incompatible("there is no change to write")
         if self.flattened:
             raise Incompatible(
-                f"{self.paths[0]} is a flattened name, which only its model can undo; read it with model="
+                f"{self.paths[0]} is a {'GGUF' if self.source == 'GGUF' else 'flattened'} name, which only "
+                "its model can undo; read it with model="
+            )
+        for path, other in self.tied.items():
+            raise Incompatible(
+                f"{other} shares its tensor with {path}, which is changed, as a {format} file cannot say"
             )
         for path, kind in self.kinds.items():
             if kind not in KINDS:
@@ -293,8 +302,9 @@ def read_changes(path: str | Path, model: nn.Module | None = None) -> Changes:
             that a file keeps as a matrix. It is not changed.
 
     Returns:
-        The changes; paths are the model's where it is given. Without it, a GGUF file's names stay GGUF's,
-        flattened names stay as they are (`flattened`), and kernels kept as a matrix count as linear.
+        The changes; paths are the model's where it is given. Without it, a GGUF file's names stay GGUF's and
+        flattened names stay as they are (`flattened`; `save` refuses both), and kernels kept as a matrix
+        count as linear.
 
     Raises:
         MissingPath: there is nothing, or no adapter.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from ..layers import (
     require,
 )
 from ..weights import Moved, Pair, Pooled, Sum, Weight
-from . import card, gguf, native_peft, peft, portable
+from . import card, gguf, native, native_peft, peft, portable
 from .approximate import Goal, Row, change_of, row_of
 from .change import Pair as Factors
 from .change import direction_of, exact_change
-from .files import complete_file, complete_folder, write_text
+from .files import complete_file, complete_folder, make_parent, write_text
 from .report import Report
 
 FORMATS = ("peft", "portable", "dense", "gguf")
@@ -96,6 +96,7 @@ def export(
     report = Report(format, str(path))
     goal = Goal(rank, max_error, dict(grams or {}))
     task = Task(adaptation, adapter, report, goal, native, dtype, drop_whole)
+    _refuse_not_finite(adaptation, adapter)
     with alone(adaptation, adapter):
         if format == "gguf" and Path(path).suffix == ".gguf":
             with _complete_file(Path(path), overwrite=overwrite) as file:
@@ -104,6 +105,17 @@ def export(
             with complete_folder(path, overwrite=overwrite) as folder:
                 _WRITERS[format](task, folder)
     return report
+
+
+def _refuse_not_finite(adaptation: Adaptation, adapter: Adapter) -> None:
+    """Refuse an adapter whose training has failed.
+
+    Raises:
+        Incompatible: naming the tensor.
+    """
+    for key, value in native.tensors_of(adaptation, adapter.name).items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise Incompatible(f"{key} holds NaN or infinite entries, which are not written for others")
 
 
 def check_options(
@@ -137,9 +149,11 @@ def check_options(
 @contextlib.contextmanager
 def _complete_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary file that takes the place of `path` when the block ends without an error."""
-    if path.is_dir() or (path.exists() and not overwrite):
+    if path.is_dir():
+        raise OutputExists(f"{path} is a folder, not a file")
+    if path.exists() and not overwrite:
         raise OutputExists(f"{path} exists; pass overwrite=True (--overwrite) to replace a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
     with complete_file(path) as file:
         yield file
 
@@ -231,8 +245,13 @@ def _natively(task: Task, expressions: Mapping[str, Weight]) -> native_peft.Nati
     return native_peft.found(task.adapter.record, expressions, layers)
 
 
-def refuse_tied(model: nn.Module, whole: Set[str]) -> None:
-    """Refuse a tensor trained whole that another module shares; peft unties the two at loading.
+def refuse_tied(model: nn.Module, whole: Set[str], adapted: Iterable[str] = ()) -> None:
+    """Refuse a tensor that another module shares, for other tools' files change one of the two alone.
+
+    Args:
+        model: the base.
+        whole: names of tensors trained whole, which peft unties at loading.
+        adapted: paths of layers with a change of low rank.
 
     Raises:
         Incompatible: there is one.
@@ -245,6 +264,13 @@ def refuse_tied(model: nn.Module, whole: Set[str]) -> None:
         others = [name for name in names[id(parameters[key])] if name != key]
         if others:
             raise Incompatible(f"{key}, trained whole, shares its tensor with {others[0]}; peft unties them")
+    for key in (f"{path}.weight" for path in adapted):
+        others = [name for name in names[id(parameters[key])] if name != key] if key in parameters else []
+        if others:
+            raise Incompatible(
+                f"{key} shares its tensor with {others[0]} here, and the file changes one of them alone; "
+                "untie them first"
+            )
 
 
 def _unambiguous(model: nn.Module, paths: list[str]) -> dict[str, Any]:

@@ -34,10 +34,7 @@ def complete_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     """
     target = Path(path).resolve()
     refuse_existing(target, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise OutputExists(f"{target} cannot be made: a part of its path is a file") from None
+    make_parent(target)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
@@ -45,6 +42,18 @@ def complete_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         _swap(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_parent(target: Path) -> None:
+    """Make the folder in which something is to be written.
+
+    Raises:
+        OutputExists: a file stands in its way.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise OutputExists(f"{target} cannot be made: a part of its path is a file") from None
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
@@ -182,11 +191,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         MissingPath: there is no such file.
-        FormatError: it is truncated or no safetensors file.
+        FormatError: it is truncated, no safetensors file, or there is a pickled one in its place.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    pickled = path.with_suffix(".bin")
+    if not path.is_file() and pickled.is_file():
+        raise FormatError(f"{pickled} is pickled, could run code and is not read; save it as safetensors")
     if not path.is_file():
         raise MissingPath(f"there is no file {path}")
     try:

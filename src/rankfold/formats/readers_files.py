@@ -131,7 +131,7 @@ def _assemble(
     pairs: dict[str, Pair] = {}
     windows: dict[str, tuple[int, ...]] = {}
     for name, leaves in grouped.items():
-        path = places.path(name) if places else name
+        path = places.path(name) if places else name.removeprefix("base_model.model.")  # of peft
         if path in pairs:
             raise FormatError(f"{name} and another name mean the same layer, {path}")
         try:
@@ -352,7 +352,7 @@ def _read_gguf(file: Path, model: nn.Module | None) -> Changes:
     if model is not None:
         return Changes(dict(_in_model(pairs, model)), base=base, source="GGUF")
     kinds = {name: "embedding" for name in pairs if name == "token_embd"}
-    return Changes(pairs, kinds, base=base, source="GGUF")
+    return Changes(pairs, kinds, base=base, source="GGUF", flattened=True)
 
 
 def _gguf_sides(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Leaves]:

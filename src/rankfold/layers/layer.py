@@ -120,6 +120,10 @@ class StructuredLayer(nn.Module):
 
     def release(self) -> None:
         """Let go of the stored weight, because an expression that does not read it stands in its place."""
+        twin = self.lender
+        if twin is not None and twin.is_released and twin.original is self.original:
+            self._released = twin._released  # one module at two places, whose parameters both layers share
+            return
         stored = self.stored()
         self._released = (self.shape, tuple(stored.shape))
         self.register_buffer(_PLACE, stored.detach().new_empty(0), persistent=False)

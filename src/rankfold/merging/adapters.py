@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import Incompatible, InvalidOption, InvalidRank
+from ..errors import Incompatible, InvalidOption, InvalidRank, MissingPath
 from ..formats.changes import Changes, read_changes
 from ..layers import adaptation_of, require
 from ..linalg import factored_svd, truncated_svd
@@ -43,6 +43,7 @@ def gathered(models: Any, names: Sequence[str] | None, base: Any) -> list[Loaded
 
     Raises:
         Incompatible: adapters and models are mixed.
+        MissingPath: there is no such folder.
         InvalidOption: names are given and not one adapted model.
     """
     if names is not None or (isinstance(models, nn.Module) and adaptation_of(models) is not None):
@@ -54,14 +55,26 @@ def gathered(models: Any, names: Sequence[str] | None, base: Any) -> list[Loaded
     if not any(found):
         return None
     if not all(found):
-        raise Incompatible(
-            f"{_label(several[found.index(True)], 1)} is an adapter and "
-            f"{_label(several[found.index(False)], 2)} a model; merge adapters with adapters"
-        )
+        _refuse_mixture(several[found.index(True)], several[found.index(False)])
+    if isinstance(base, str | Path) and not Path(base).is_dir():
+        raise MissingPath(f"there is no model folder {base}")
     return [
         Loaded(_label(one, n), one if isinstance(one, Changes) else _read(one, base))
         for n, one in enumerate(several, start=1)
     ]
+
+
+def _refuse_mixture(adapter: Any, model: Any) -> None:
+    open_model(model, "the other")  # which says what it is where it is no model either
+    kind = "a file, which can be an adapter only," if _is_file(adapter) else "an adapter"
+    raise Incompatible(
+        f"{_label(adapter, 1)} is {kind} and {_label(model, 2)} a model; merge adapters with adapters, and "
+        "folders of models with such folders"
+    )
+
+
+def _is_file(path: Any) -> bool:
+    return isinstance(path, str | Path) and Path(path).is_file()
 
 
 def is_adapter(path: object) -> bool:
@@ -120,6 +133,7 @@ def merge_changes(
         {path: space.kind for path, space in spaces.items()},
         {path: space.window for path, space in spaces.items() if space.window},
         whole, report.base, f"a merge by {task.rule.name}", first.flattened,
+        {path: other for adapter in adapters for path, other in adapter.changes.tied.items()},
     )  # fmt: skip
     report.bytes = sum(t.nbytes for pair in pairs.values() for t in pair) + sum(
         t.nbytes for t in whole.values()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..errors import Incompatible, InvalidOption
 from ..formats.files import complete_folder, read_json, write_json, write_text
 from .card import model_card
 from .models import ModelFolder, Shape
+from .norms import Norms, norms
 from .report import MergeReport
 from .sources import Sources
 from .task import Task
@@ -26,7 +26,6 @@ _COMPANIONS = (
     "vocab*", "merges.txt", "*.model", "*.tiktoken", "chat_template*", "*processor_config.json",
     "modules.json", "*sentence_*.json", "*_Pooling", "*_Normalize", "*.py",
 )  # fmt: skip
-_CHUNK = 2**18
 _DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -54,7 +53,7 @@ def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def merge_modules(sources: Sources, task: Task, dtype: torch.dtype | None) -> tuple[nn.Module, MergeReport]:
     """Return a copy of the base, or of the first model, with merged weights."""
     report = started(sources, task, dtype)
-    tensors = dict(_results(sources, task, dtype, report))
+    tensors = dict(_merged(sources, task, dtype, report)) | dict(_taken(sources, report))
     return sources.module(tensors), report
 
 
@@ -66,9 +65,11 @@ def merge_folders(
     with complete_folder(out, overwrite=overwrite) as folder:
         shapes = {name: _target(name, sources, dtype) for name in (*sources.names, *sources.kept)}
         with ShardWriter(folder, shapes, shard_bytes) as writer:
-            for name, tensor in _results(sources, task, dtype, report):
-                writer.write(name, tensor)
-                del tensor
+            if task.rule.traits["linear"]:
+                _stream(sources, task, dtype, report, writer)
+            else:
+                _write(_merged(sources, task, dtype, report), writer)
+            _write(_taken(sources, report), writer)
         assert isinstance(sources.origin, ModelFolder)
         copy_companions(sources.origin.path, folder, dtype)
         write_text(folder / "README.md", model_card(report))
@@ -119,28 +120,75 @@ def _copy_settings(origin: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def _results(
-    sources: Sources, task: Task, dtype: torch.dtype | None, report: MergeReport
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor in the type in which it is stored, and fill the report."""
+_Named = Iterator[tuple[str, Tensor]]
+
+
+def _write(tensors: _Named, writer: ShardWriter) -> None:
+    for name, tensor in tensors:
+        writer.write(name, tensor)
+        del tensor  # before the next one is read
+
+
+def _stream(
+    sources: Sources, task: Task, dtype: torch.dtype | None, report: MergeReport, writer: ShardWriter
+) -> None:
+    """Merge and write piece by piece; a tensor that is not finite somewhere is looked at as a whole.
+
+    NaN in a model is NaN in the sum, and so the norms of the report find it without a pass of their own.
+    """
+    with task.bar(len(sources.names)) as step:
+        for name in sources.names:
+            kind, found = _target(name, sources, dtype).dtype, Norms()
+            if writer.write_flat(name, _finite(task, sources, name, kind, found)):
+                _tell(report, name, found.ratio, writer.tensors[name])
+            else:
+                _, tensor, origin = task.found(sources.parts(name))
+                _tell(report, name, change(task.rule.name, name, tensor, origin), writer.tensors[name])
+                writer.write(name, _cast(name, tensor, kind))
+            step()
+
+
+def _finite(task: Task, sources: Sources, name: str, dtype: torch.dtype, found: Norms) -> Iterator[Tensor]:
+    """Yield the pieces of a tensor up to the first that is not finite."""
+    for tensor, origin in task.pieces(sources, name):
+        if not found.add(tensor, origin) or _overflows(result := tensor.to(dtype), tensor):
+            return
+        yield result
+
+
+def _merged(sources: Sources, task: Task, dtype: torch.dtype | None, report: MergeReport) -> _Named:
+    """Yield every merged tensor in the type in which it is stored, and fill the report."""
     for name, tensor, origin in task.merged(sources):
-        report.rows.append({"tensor": name, "change": change(task.rule.name, name, tensor, origin)})
-        yield name, _cast(name, tensor.detach(), _target(name, sources, dtype).dtype, report)
+        target = _target(name, sources, dtype)
+        _tell(report, name, change(task.rule.name, name, tensor, origin), target)
+        yield name, _cast(name, tensor.detach(), target.dtype)
         del tensor, origin  # before the next ones are read
+
+
+def _tell(report: MergeReport, name: str, change: float, stored: Shape) -> None:
+    report.rows.append({"tensor": name, "change": change})
+    report.bytes += torch.Size(stored.shape).numel() * stored.dtype.itemsize
+
+
+def _taken(sources: Sources, report: MergeReport) -> _Named:
+    """Yield the tensors that are not merged."""
     for name in sources.kept:
         report.taken.append(name)
         report.bytes += sources.taken(name).nbytes
         yield name, sources.taken(name)
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype, report: MergeReport) -> Tensor:
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     result = tensor.to(dtype)
-    if dtype == torch.float16 and bool((result.isinf() & tensor.isfinite()).any()):
+    if _overflows(result, tensor):
         raise InvalidOption(
             f"{name} has values up to {float(tensor.abs().max()):.3g}, which float16 cannot hold"
         )
-    report.bytes += result.nbytes
     return result
+
+
+def _overflows(result: Tensor, tensor: Tensor) -> bool:
+    return result.dtype == torch.float16 and bool((result.isinf() & tensor.isfinite()).any())
 
 
 def _target(name: str, sources: Sources, dtype: torch.dtype | None) -> Shape:
@@ -158,23 +206,12 @@ def change(rule: str, name: str, tensor: Tensor, origin: Tensor) -> float:
         >>> change("linear", "w", torch.tensor([3.0, 6.0]), torch.tensor([3.0, 2.0]))
         1.1094...
     """
-    size, moved = _norms(tensor, origin)
-    if not math.isfinite(size + moved):
+    found = norms(tensor, origin)
+    if not found.are_finite:
         _require_finite(rule, name, tensor, origin)
         finite = origin.isfinite()  # of which only the sum of squares was too large
-        size, moved = _norms(tensor[finite].double(), origin[finite].double())
-    return moved / size if size else moved
-
-
-def _norms(tensor: Tensor, origin: Tensor) -> tuple[float, float]:
-    """Return |origin| and |tensor - origin|, without a third tensor of that size."""
-    parts = zip(tensor.reshape(-1).split(_CHUNK), origin.reshape(-1).split(_CHUNK), strict=True)
-    squares = torch.zeros(2, dtype=torch.float64)
-    for new, old in parts:
-        norms = [torch.linalg.vector_norm(part) for part in (old, new - old)]
-        squares += torch.stack(norms).double().cpu().square()
-    size, moved = squares.sqrt().tolist()
-    return size, moved
+        found = norms(tensor[finite].double(), origin[finite].double())
+    return found.ratio
 
 
 def _require_finite(rule: str, name: str, tensor: Tensor, origin: Tensor) -> None:

@@ -151,11 +151,11 @@ def specified(
     return Specification({name: _checked(name, axes, shapes) for name, axes in tensors.items()})
 
 
-def _checked(name: str, axes: Sequence[Any], shapes: Mapping[str, Sequence[int]]) -> tuple[Axis | None, ...]:
+def _checked(name: str, axes: Any, shapes: Mapping[str, Sequence[int]]) -> tuple[Axis | None, ...]:
     if name not in shapes:
         raise InvalidOption(f"spec: the model has no tensor {name!r}{near_names(name, shapes)}")
     shape = shapes[name]
-    if isinstance(axes, str) or len(axes) != len(shape):
+    if isinstance(axes, str) or not isinstance(axes, Sequence) or len(axes) != len(shape):
         raise InvalidOption(
             f"spec: {name} has the shape {tuple(shape)}; give a permutation or None for each of its "
             f"{len(shape)} axes"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import Incompatible, InvalidOption
 from .agree import require_agreement
 from .models import Model, open_model
+from .norms import PIECE
 from .parts import Parts
 
 
@@ -133,6 +134,15 @@ class Sources:
         base = self.read(None, name) if self.has_base else None
         return Parts(name, models, self.weights, base, self.seed)
 
+    def pieces(self, name: str) -> Iterator[Parts]:
+        """Yield one tensor of all the models as flat pieces in their order; NaN is not looked for."""
+        stored = [model.read(name) for model in ([self.base] if self.base else []) + [*self.models]]
+        device, precision = self.origin_device(name), self._precision(name)
+        for together in zip(*(tensor.reshape(-1).split(PIECE) for tensor in stored), strict=True):
+            models = tuple(piece.to(device, precision) for piece in together)
+            base, models = (models[0], models[1:]) if self.has_base else (None, models)
+            yield Parts(name, models, self.weights, base, self.seed)
+
     def taken(self, name: str) -> Tensor:
         """Return a tensor that is not merged: the base's, or the one that all the models have.
 
@@ -191,8 +201,17 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float,
     """
     if weights is None:
         return (1.0,) * count
+    if not _are_numbers(weights):
+        raise InvalidOption(f"weights must be a list of numbers, one for each model, not {weights!r}")
     if len(weights) != count:
         raise InvalidOption(f"{len(weights)} weights were given for {count} models; give one for each")
     if not all(torch.isfinite(torch.tensor(weight, dtype=torch.float64)) for weight in weights):
         raise InvalidOption(f"the weights {list(weights)} must be finite")
     return tuple(float(weight) for weight in weights)
+
+
+def _are_numbers(weights: Any) -> bool:
+    try:
+        return not isinstance(weights, str) and len([float(weight) for weight in weights]) >= 0
+    except (TypeError, ValueError):
+        return False

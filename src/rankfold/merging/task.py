@@ -49,7 +49,7 @@ class Task:
             Incompatible: the rule gives another tensor than those of the models, or none of them.
         """
         found = self._together(sources) if self.rule.traits["whole"] else self._one_by_one(sources)
-        with self._bar(len(sources.names)) as step:
+        with self.bar(len(sources.names)) as step:
             # Names of what was yielded would keep it while the next tensor is read.
             for result in found:
                 yield result
@@ -74,10 +74,20 @@ class Task:
 
     def _one_by_one(self, sources: Sources) -> Iterator[_Found]:
         for name in sources.names:
-            yield self._found(sources.parts(name))
+            yield self.found(sources.parts(name))
 
-    def _found(self, parts: Parts) -> _Found:
+    def found(self, parts: Parts) -> _Found:
+        """Return one tensor merged: name, result, and what the base, or the first model, had in its place."""
         return parts.name, self.one(parts), parts.models[0] if parts.base is None else parts.base
+
+    @torch.no_grad()
+    def pieces(self, sources: Sources, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield one tensor merged by a linear rule, flat piece by piece, with what was in its place.
+
+        A sum of the models needs no other entries than its own.
+        """
+        for parts in sources.pieces(name):
+            yield self._built(parts), parts.models[0] if parts.base is None else parts.base
 
     @torch.no_grad()
     def one(self, parts: Parts) -> Tensor:
@@ -86,11 +96,22 @@ class Task:
         first, *rest = everything
         if not bool(first.sum().isfinite()) and all(torch.equal(first, other) for other in rest):
             return first
-        result: Tensor = self.rule.build(parts, **self.options)
+        return self._built(parts)
+
+    def _built(self, parts: Parts) -> Tensor:
+        try:
+            result: Tensor = self.rule.build(parts, **self.options)
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            raise InvalidOption(
+                f"{self.rule.name}: the weights {list(parts.weights)}, times what the options multiply them "
+                "by, are larger than the models' numbers can be"
+            ) from None
         return result
 
     @contextlib.contextmanager
-    def _bar(self, count: int) -> Iterator[Callable[[], object]]:
+    def bar(self, count: int) -> Iterator[Callable[[], object]]:
         """Yield what moves a bar by one tensor; without a terminal nobody watches it, and there is none."""
         with contextlib.ExitStack() as stack:
             step: Callable[[], object] = int

@@ -34,7 +34,7 @@ def task_streams(data: Any, tasks: int, device: torch.device) -> list[Iterator[B
         tensor([1.])
     """
     if data is None:
-        raise Incompatible("this method learns from unlabelled batches; pass data=")
+        raise Incompatible("this method learns from unlabelled batches: pass data= to rf.merge")
     own = _own(data)
     if own is None:
         own = {f"task {number}": data for number in range(1, tasks + 1)}

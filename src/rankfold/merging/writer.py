@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -92,11 +92,27 @@ class ShardWriter:
             raise Incompatible(
                 f"{name} came as {tuple(tensor.shape)} {tensor.dtype}, not {expected.shape} {expected.dtype}"
             )
-        place = self.places[name]
+        self.write_flat(name, [tensor.reshape(-1)])
+
+    def write_flat(self, name: str, pieces: Iterable[Tensor]) -> bool:
+        """Write a tensor piece by piece.
+
+        Args:
+            name: of the tensor.
+            pieces: its entries in order, each of one axis and of the tensor's type.
+
+        Returns:
+            Whether they were all of it; else it can be written again.
+        """
+        place, left = self.places[name], torch.Size(self.tensors[name].shape).numel()
         file = self._opened[place.shard]
         file.seek(place.start)
-        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self._missing.discard(name)
+        for piece in pieces:
+            file.write(piece.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            left -= piece.numel()
+        if not left:
+            self._missing.discard(name)
+        return not left
 
     def _lay_out(self, number: int, names: list[str]) -> None:
         ordered = sorted(names, key=lambda name: (-self.tensors[name].dtype.itemsize, name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ def describe(adaptation: Adaptation, name: str) -> dict[str, Any]:
     recipe = Recipe.from_dict(adapter.record["recipe"])
     method = registry.structure_named(adapter.record["recipe"]["structure"][0])
     layers = native.anchors(adaptation.root, adapter.paths, adaptation.layers)
+    tied = _tied(adaptation, adapter.paths)
     return {
         **adapter.record,
+        **({"tied": tied} if tied else {}),
         "ranks": _ranks_now(adaptation, name),
         "name": name,
         "point": recipe.text(),
@@ -34,6 +36,16 @@ def describe(adaptation: Adaptation, name: str) -> dict[str, Any]:
         },
         "base": native.base_of(adaptation.root, layers),
         "versions": {"rankfold": __version__, "torch": torch.__version__.split("+")[0]},
+    }
+
+
+def _tied(adaptation: Adaptation, paths: Iterable[str]) -> dict[str, str]:
+    """Return the module that shares an adapted weight and changes with it, by the weight's path."""
+    lent = {id(layer.lender): path for path, layer in adaptation.layers.items() if layer.lender is not None}
+    return {
+        path: lent[id(adaptation.layers[path])]
+        for path in paths
+        if path in adaptation.layers and id(adaptation.layers[path]) in lent
     }
 
 

@@ -263,7 +263,7 @@ def _load_peft(model: nn.Module, folder: Path, name: str | None) -> nn.Module:
     if settings.get("peft_type") not in ("LORA", "VERA"):
         return _load_changes(model, read_changes(folder, model), name)
     adapter = peft.read(folder)
-    refuse_tied(model, adapter.whole.keys())
+    refuse_tied(model, adapter.whole.keys(), adapter.layers)
     prepared = rebuild(model, _peft_record(adapter), name or "default")
     for path in adapter.layers:
         _check_peft_layer(path, adapter, prepared.layers.get(path))
@@ -290,7 +290,7 @@ def _load_method_or_changes(model: nn.Module, folder: Path, name: str | None) ->
 
 def _load_changes(model: nn.Module, changes: Changes, name: str | None) -> nn.Module:
     """Load changes as a plain LoRA of scale 1, with a rank of its own for every weight."""
-    refuse_tied(model, changes.whole.keys())
+    refuse_tied(model, changes.whole.keys(), changes.paths)
     record = {
         "recipe": {"structure": ["lora", {"alpha": None}], "dynamics": []},
         "seed": 0,
@@ -309,7 +309,7 @@ def _load_changes(model: nn.Module, changes: Changes, name: str | None) -> nn.Mo
 
 def _load_other_peft(model: nn.Module, adapter: native_peft.Native, name: str | None) -> nn.Module:
     """Load an adapter that peft keeps in a form of its own."""
-    refuse_tied(model, adapter.whole.keys())
+    refuse_tied(model, adapter.whole.keys(), adapter.layers)
     structure = [native_peft.METHODS[adapter.kind].structure, native_peft.options_of(adapter)]
     record = {
         "recipe": {"structure": structure, "dynamics": []},

@@ -462,7 +462,7 @@ def _let_go(adaptation: Adaptation, prepared: Prepared) -> None:
         if all(isinstance(leaf, Moved) for leaf in expression.leaves() if isinstance(leaf, Base))
     }
     followers = {target.path for target, lender in prepared.borrowers if lender in unread}
-    for path in sorted(unread | followers):
+    for path in (*sorted(unread), *sorted(followers)):
         adaptation.layers[path].release()
 
 

@@ -69,7 +69,15 @@ def read_native(folder: Path, model: nn.Module | None) -> Changes:
         for key, value in adapter.tensors.items()
         if key.startswith("whole:")
     }
-    return Changes(pairs, kinds, windows, whole, str(record["base"].get("name") or ""), f"rankfold {method}")
+    base = str(record["base"].get("name") or "")
+    return Changes(pairs, kinds, windows, whole, base, f"rankfold {method}", tied=_tied(record, pairs))
+
+
+def _tied(record: Mapping[str, Any], pairs: Mapping[str, Pair]) -> dict[str, str]:
+    known = record.get("tied", {})
+    if not isinstance(known, dict):
+        raise FormatError("the adapter's record does not describe which weights are tied")
+    return {path: str(other) for path, other in known.items() if path in pairs}
 
 
 def _form(path: str, known: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:

@@ -143,6 +143,8 @@ def squeeze(
     if data is not None and base is None:
         raise InvalidOption("data= needs the model that the adapter was made for: pass base=")
     changes = _of_changes(model, choice, base, data, report, progress)
+    if out is not None and changes.flattened and base is None:
+        raise Incompatible(f"{changes.paths[0]} is a name that only the model undoes; pass it as base=")
     if out is not None:
         changes.save(out, format, overwrite=overwrite)
         report.path = str(out)

@@ -108,5 +108,11 @@ def _recorded_base(folder: Path) -> dict[str, str]:
         base = read_json(folder / "rankfold.json").get("base", {})
         return {"name": str(base.get("name") or ""), "class": str(base.get("class") or "")}
     peft = read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else {}
-    task = "ForSequenceClassification" if peft.get("task_type") == "SEQ_CLS" else ""
+    classifies = peft.get("task_type") == "SEQ_CLS" or _trains_head(peft.get("modules_to_save"))
+    task = "ForSequenceClassification" if classifies else ""
     return {"name": str(peft.get("base_model_name_or_path") or ""), "class": task}
+
+
+def _trains_head(modules: Any) -> bool:
+    """Say whether one of the modules trained whole is the head that transformers gives a classifier."""
+    return isinstance(modules, list) and not {"classifier", "score"}.isdisjoint(map(str, modules))

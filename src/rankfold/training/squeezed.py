@@ -11,11 +11,8 @@ from rankfold.formats.files import refuse_existing
 from rankfold.methods.persist import locate
 from rankfold.methods.squeezing import Choice, SqueezeReport
 from rankfold.training.adapter import load_base_of
-from rankfold.training.base import Base, length_limit
-from rankfold.training.data import read_table
-from rankfold.training.examples import Example, collator, continued
-
-BATCH, EXAMPLES = 8, 256  # calibration: no more than the papers on compression take
+from rankfold.training.base import Base
+from rankfold.training.calibration import calibration_batches
 
 
 def squeeze_adapter(
@@ -60,16 +57,18 @@ def squeeze_adapter(
 
 
 def _read(adapter: str, path: Path, model: str | None, with_base: bool) -> tuple[Changes, Base | None]:
-    """Return an adapter's changes, and its base where that is asked for or the changes depend on it."""
+    """Return an adapter's changes, and its base where that is asked for or changes or names depend on it."""
     if model is None and not with_base:
         with contextlib.suppress(Incompatible):
-            return read_changes(path), None
+            changes = read_changes(path)
+            if not changes.flattened:
+                return changes, None
     _, base = load_base_of(path, adapter, model=model)
     return read_changes(path, model=base.model), base
 
 
 def _input_statistics(base: Base, path: Path, changes: Changes, data: str) -> rf.Statistics:
-    batches, loaded = _batches(base, data), _load(base, path)
+    batches, loaded = calibration_batches(base, data), _load(base, path)
     try:
         return rf.collect(base.model, batches, "input_gram", targets=list(changes.paths))
     finally:
@@ -86,18 +85,3 @@ def _load(base: Base, path: Path) -> bool:
     except (FormatError, Incompatible):
         return False
     return True
-
-
-def _batches(base: Base, data: str) -> list[dict[str, Any]]:
-    examples = [{"input_ids": example["input_ids"]} for example in _examples(base, data)[:EXAMPLES]]
-    collate = collator("classify", base.tokenizer)  # pads, and asks for no labels
-    return [collate(examples[start : start + BATCH]) for start in range(0, len(examples), BATCH)]
-
-
-def _examples(base: Base, data: str) -> list[Example]:
-    table, length = read_table(data), length_limit(base, None)
-    if not type(base.model).__name__.endswith("ForSequenceClassification"):
-        return continued(table, base.tokenizer, None, length)
-    table.require("text", "text")
-    tokens = base.tokenizer(table.texts("text"), truncation=True, max_length=length)["input_ids"]
-    return [{"input_ids": row} for row in tokens]

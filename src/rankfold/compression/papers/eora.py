@@ -4,7 +4,7 @@
     dW C^(1/2) = U S V^T,   B = U_r S_r^(1/2),   A = S_r^(1/2) V_r^T C^(-1/2)
 
 Liu et al. 2024. W_c is the weight of a model that was compressed by any means: quantised, pruned, or in
-factors of Rankfold, whose product then takes B and A up as further ranks. `original` holds W. Calibration
+factors of Rankfold, whose products then take B and A up as further ranks. `original` holds W. Calibration
 is sequential: the inputs of a weight come from the layers that are compensated before it. With W_c = 0 it is
 SVD-LLM, with C = I a plain SVD of dW.
 
@@ -22,8 +22,9 @@ from ...layers import StructuredLayer, adaptation_of, remove, require
 from ...linalg import LowRank, RootGram, weighted_low_rank
 from ...methods.replace import replace
 from ...statistics import sequentially
+from ...statistics.finite import require_finite
 from ...statistics.statistics import WeightStatistics
-from ...statistics.watched import Watched, watch
+from ...statistics.watched import Watched, layers_at, watch
 from ...weights import Pair
 from ...weights.kernels import at_least_float32
 from ...weights.weight import tick
@@ -62,7 +63,7 @@ def eora(task: Task, *, rank: int = 128, damping: float = 0.0) -> None:
     if rank < 1:
         raise InvalidOption(f"eora: rank must be at least 1, not {rank}")
     originals = _originals(task)
-    shapes = {path: weight.layer.shape for path, weight in originals.items()}
+    shapes = {path: layer.shape for path, layer in originals.items()}
     ranks = {path: min(rank, *shape) for path, shape in shapes.items()}
     factorised = adaptation_of(task.model) is not None
     if not factorised:
@@ -79,7 +80,7 @@ def eora(task: Task, *, rank: int = 128, damping: float = 0.0) -> None:
     try:
         for path, layer, near in _compensations(task, originals, ranks, damping):
             before.append((layer, *_factors(layer)))
-            _put(layer, *near.split(_pair(layer).scale))
+            _put(layer, *near.split(_pair(layer).scale), further=factorised)
             task.report.rows.append(_row(path, layer, near))
     except BaseException:
         if not factorised:
@@ -97,7 +98,7 @@ def _zeros(out: int, columns: int, rank: int) -> dict[str, Tensor]:
 
 
 def _compensations(
-    task: Task, originals: Mapping[str, Watched], ranks: Mapping[str, int], damping: float
+    task: Task, originals: Mapping[str, StructuredLayer], ranks: Mapping[str, int], damping: float
 ) -> Iterator[tuple[str, StructuredLayer, LowRank]]:
     """Yield the product for every weight, with inputs from behind those that are in place."""
     groups = sequentially(
@@ -106,26 +107,41 @@ def _compensations(
     )  # fmt: skip
     for paths, found in groups:
         for path in paths:
-            require_tokens(task, path, originals[path].layer.shape[1], found[path].tokens)
+            require_tokens(task, path, originals[path].shape[1], found[path].tokens)
             layer = task.model.get_submodule(path)
             assert isinstance(layer, StructuredLayer)
-            yield path, layer, _found(layer, originals[path].layer, found[path], ranks[path], damping)
+            yield path, layer, _found(layer, originals[path], found[path], ranks[path], damping)
 
 
-def _originals(task: Task) -> dict[str, Watched]:
+def _originals(task: Task) -> dict[str, StructuredLayer]:
     """Return the weights of the original model, by path, checked against those of the compressed one."""
     if task.original is None:
         raise InvalidOption(
             "eora compensates a compressed model; pass the model as it was before as original="
         )
-    compressed = {weight.path: weight for weight in watch(task.model, task.targets)}
-    originals = {weight.path: weight for weight in watch(task.original, list(compressed))}
+    compressed = _compensated(task)
+    originals = layers_at(task.original, compressed)
     for path, weight in compressed.items():
-        if path not in originals or originals[path].layer.shape != weight.layer.shape:
-            there = "nothing" if path not in originals else "x".join(map(str, originals[path].layer.shape))
+        if path not in originals or originals[path].shape != weight.layer.shape:
+            there = "nothing" if path not in originals else "x".join(map(str, originals[path].shape))
             here = "x".join(map(str, weight.layer.shape))
             raise BaseMismatch(f"eora: {path} is {here} in the compressed model and {there} in the original")
-    return originals
+        require_finite(originals[path].matrix().detach(), f"{path}: the weight of the original")
+    return {path: originals[path] for path in compressed}
+
+
+def _compensated(task: Task) -> dict[str, Watched]:
+    """Return the targeted weights; where some are products already, those, which can take further ranks."""
+    found = {weight.path: weight for weight in watch(task.model, task.targets)}
+    if adaptation_of(task.model) is None:
+        return found
+    products = {path: weight for path, weight in found.items() if weight.layer.expression is not None}
+    if not products:
+        raise InvalidOption("eora: none of the targeted weights is a product; rankfold.fold(model) first")
+    if len(products) < len(found):
+        plain = ", ".join(path for path in found if path not in products)
+        task.report.notes.append(f"not compensated, since they are no products: {plain}")
+    return products
 
 
 @torch.no_grad()
@@ -151,11 +167,11 @@ def _factors(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _put(layer: StructuredLayer, up: Tensor, down: Tensor) -> None:
-    """Let a product have these values, or take them up as further ranks where it is the weight itself."""
+def _put(layer: StructuredLayer, up: Tensor, down: Tensor, *, further: bool) -> None:
+    """Let a product have these values, or take them up as further ranks where it was there before."""
     old_up, old_down = _factors(layer)
     up, down = up.to(old_up), down.to(old_down)
-    if layer.is_released:
+    if further:
         up, down = torch.cat([old_up, up], 1), torch.cat([old_down, down], 0)
     _pair(layer).owner.resize(up, down)
     tick()

@@ -28,10 +28,12 @@ from torch.nn.utils import parametrize
 from ...errors import InvalidOption, UnsupportedLayer
 from ...statistics.batches import Batch, prepared
 from ...statistics.calibrating import Progress, calibrating
+from ...statistics.finite import require_finite
 from ..blocks import Calls, block_list, put_back, take_out, through, without
+from ..job import refuse_adapted
 from ..registry import compressor
 from ..report import Row
-from ..task import Task
+from ..task import Task, refuse_half_precision
 
 MEASURED = 4  # batches
 
@@ -70,6 +72,14 @@ def fusegpt(
 
     Raises:
         UnsupportedLayer: the model has no list of blocks.
+
+    Example:
+        >>> import torch, transformers, rankfold as rf
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 30}
+        >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=3, **sizes))
+        >>> data = [{"input_ids": torch.arange(16).reshape(2, 8)}]
+        >>> len(rf.compress(model, "fusegpt", keep=0.7, data=data, epochs=1, progress=False).model.layers)
+        2
     """
     if rank < 1 or group < 1 or epochs < 0:
         raise InvalidOption(
@@ -77,7 +87,12 @@ def fusegpt(
         )
     if task.targets != "blocks":
         raise InvalidOption("fusegpt takes whole blocks out; leave targets= away")
+    refuse_adapted(task.model)
+    if epochs:
+        refuse_half_precision(task.model, "fusegpt")
     model, blocks = task.model, block_list(task.model)
+    for name, parameter in model.named_parameters():
+        require_finite(parameter.detach(), f"{name}: the weight")
     device = next(model.parameters()).device
     batches = [prepared(i, content, device, "padding") for i, content in enumerate(task.batches())]
     stay = max(1, int(task.keep * len(blocks) + 1e-9))
@@ -257,7 +272,7 @@ def _grow(block: nn.Module, removed: nn.Module | None, rank: int, seed: int) -> 
         raise UnsupportedLayer(
             f"the blocks ({type(block).__name__}) hold no linear layers that could be fused"
         )
-    others: Mapping[str, nn.Linear] = {} if removed is None else _linears(removed)
+    others: Mapping[str, nn.Module] = {} if removed is None else _linears(removed)
     for name, linear in linears.items():
         for key in ("weight", "bias"):
             value, other = getattr(linear, key), getattr(others.get(name), key, None)
@@ -269,14 +284,21 @@ def _grow(block: nn.Module, removed: nn.Module | None, rank: int, seed: int) -> 
     return made
 
 
-def _linears(block: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+def _linears(block: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in block.named_modules() if _is_linear(module)}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether it is a linear layer, also one that stores its weight as (in, out) like GPT-2's."""
+    kind = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
+    transposed = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+    return transposed or isinstance(module, nn.Linear)
 
 
 def _others(block: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the parameters of a block that belong to no linear."""
     for module in block.modules():
-        if not parametrize.is_parametrized(module) and not isinstance(module, nn.Linear | Fusion):
+        if not (parametrize.is_parametrized(module) or _is_linear(module) or isinstance(module, Fusion)):
             inside = parametrize.ParametrizationList
             if not isinstance(module, inside):
                 yield from module.parameters(recurse=False)

@@ -24,9 +24,10 @@ from torch import Tensor
 from ...errors import InvalidOption
 from ...linalg import allocate
 from ...statistics.calibrating import Progress
-from ...statistics.watched import Watched, watch
+from ...statistics.watched import Watched
 from ..distortion import Distortion
-from ..registry import compressor
+from ..job import targeted
+from ..registry import compressor, compressor_named
 from ..report import Row
 from ..task import Task
 
@@ -41,6 +42,7 @@ UNITS = 10_000
     code="Akimoto-Cris/RD_VIT_PRUNE",
     formula="min sum_l delta_l(p_l) such that sum_l n_l (1 - p_l) <= keep n",
     whole=True,
+    layers=("linear", "convolution", "embedding", "attention"),
     example={"levels": 8},
 )
 def layer_adaptive_pruning(task: Task, *, levels: int = 100, rounds: int = 1, worst: bool = False) -> None:
@@ -68,8 +70,9 @@ def layer_adaptive_pruning(task: Task, *, levels: int = 100, rounds: int = 1, wo
         raise InvalidOption(
             f"layer-adaptive-pruning: levels must be at least 2 and rounds 1, not {levels} and {rounds}"
         )
-    weights = watch(task.model, task.targets)
-    matrices = [weight.layer.matrix().detach() for weight in weights]
+    weights = targeted(task, compressor_named("layer-adaptive-pruning"))
+    # In their own shapes: the matrix of a convolution whose channels are last is a copy.
+    matrices = [weight.layer.stored().detach() for weight in weights]
     before = [matrix.clone() for matrix in matrices]
     taken = [0] * len(weights)
     try:
@@ -136,25 +139,28 @@ def chosen_levels(
     Raises:
         InvalidOption: even the highest levels leave more.
     """
+    budget = int(keep * sum(sizes))
+    if budget >= sum(size - size * start // levels for size, start in zip(sizes, starts, strict=True)):
+        return list(starts)  # rounded to units it might not fit
     unit = max(1, -(-sum(sizes) // UNITS))
     costs, gains = [], []
     for size, curve, start in zip(sizes, curves, starts, strict=True):
         held = [size - size * level // levels for level in range(start, start + len(curve))]
         costs.append([-(-number // unit) for number in reversed(held)])
         gains.append([curve[-1] - value for value in reversed(curve)])
-    budget = int(keep * sum(sizes)) // unit
-    if sum(row[0] for row in costs) > budget:
+    if sum(row[0] for row in costs) > budget // unit:
         raise InvalidOption(
             f"keep={keep:g} is below what the highest of {levels} levels leaves; take more levels"
         )
-    best = allocate(costs, gains, budget, method="exact")
+    best = allocate(costs, gains, budget // unit, method="exact")
     assert all(a <= b for row in costs for a, b in pairwise(row))
     return [start + len(curve) - 1 - index for curve, start, index in zip(curves, starts, best, strict=True)]
 
 
 def _row(weight: Watched, before: Tensor) -> Row:
-    now = weight.layer.matrix().detach()
-    error = float(torch.linalg.vector_norm((now - before).float()) / torch.linalg.vector_norm(before.float()))
+    now = weight.layer.stored().detach()
+    size = torch.linalg.vector_norm(before.float()).clamp(min=1e-30)
+    error = float(torch.linalg.vector_norm((now - before).float()) / size)
     kept = int((now != 0).sum())
     return Row(
         weight.path, weight.layer.shape, None, kept, error, error, (), f"{kept:,} numbers are not zero"

@@ -30,7 +30,7 @@ from ...statistics.watched import watch
 from ..distortion import masked_mean
 from ..job import compress
 from ..registry import compressor
-from ..task import Task
+from ..task import Task, refuse_half_precision
 
 
 @compressor(
@@ -79,6 +79,7 @@ def pela(
             "pela: steps, features, perturbation and tolerance must be at least 0 and lr above 0, not "
             f"{steps}, {features}, {perturbation}, {tolerance} and {lr}"
         )
+    refuse_half_precision(task.model, "pela")
     batches, teacher = task.batches(), deepcopy(task.model).eval().requires_grad_(False)
     compress(
         task.model, "svd", keep=task.keep, targets=task.targets, seed=task.seed, progress=task.progress,
