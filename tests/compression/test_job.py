@@ -661,3 +661,28 @@ def test_a_disk_that_is_full_is_a_sentence_and_leaves_the_model(
         rf.compress(model, "svd", keep=0.5, folder=tmp_path, progress=False)
     assert isinstance(model[0], nn.Linear)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_preset_leaves_out_what_a_method_does_not_apply_to_and_says_so() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32)
+    notes: list[str] = []
+    rf.compress(model, "svd", keep=0.5, progress=False, report=lambda report: notes.extend(report.notes))
+    assert model.linear1.weight is None
+    assert isinstance(model.self_attn, nn.MultiheadAttention)
+    assert notes == ["left as they were, svd does not apply to them: self_attn.in_proj, self_attn.out_proj"]
+    with pytest.raises(UnsupportedLayer, match=r"self_attn\.in_proj is of the kind attention"):
+        rf.compress(nn.TransformerEncoderLayer(16, 2, 32), "svd", targets="self_attn.*", progress=False)
+
+
+def test_a_share_that_cannot_reach_the_budget_says_so() -> None:
+    model, notes = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), list[str]()
+    nn.init.eye_(model[0].weight)  # a flat spectrum has one level
+    nn.init.eye_(model[1].weight)
+    rf.compress(model, "welore", keep=0.5, progress=False, report=lambda report: notes.extend(report.notes))
+    assert any("more than keep=0.5: the share 'welore'" in note for note in notes)
+
+
+def test_an_original_is_refused_where_nothing_is_compensated() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(InvalidOption, match="compensates no earlier compression; leave original= away"):
+        rf.compress(model, "svd", original=model, progress=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..catalogue import Method
 from ..errors import Incompatible, InvalidOption, UnsupportedLayer
 from ..layers import StructuredConv, StructuredEmbedding, StructuredLayer, Targets, adaptation_of
+from ..methods.aim import is_preset
 from ..methods.replace import replace
 from ..statistics import Statistics
 from ..statistics.calibrating import Progress
@@ -99,7 +100,7 @@ def compress(
     _check_kinds(model, original, share)
     way = {"share": share, "calibration": calibration, "solver": solver, "memory": memory, "folder": folder}
     _check(0.7 if keep is None else keep, calibration, solver, few_tokens)
-    _refuse_unread(found, keep, way)
+    _refuse_unread(found, keep, original, way)
     checked, began = found.checked(options), time.perf_counter()
     keep = 0.7 if keep is None else keep
     task = Task(
@@ -118,7 +119,7 @@ def compress(
     return model
 
 
-def _refuse_unread(method: Method, keep: float | None, way: Mapping[str, Any]) -> None:
+def _refuse_unread(method: Method, keep: float | None, original: object, way: Mapping[str, Any]) -> None:
     """Refuse what a method would not read."""
     given = [key for key, value in way.items() if value is not None]
     if method.traits["whole"] and given:
@@ -127,6 +128,8 @@ def _refuse_unread(method: Method, keep: float | None, way: Mapping[str, Any]) -
     name = share if isinstance(share, str) else share[0]
     if not method.traits["whole"] and share_named(name).free and keep is not None:
         raise InvalidOption(f"the share {name!r} decides by itself how much remains; leave keep= away")
+    if original is not None and not method.traits["compensates"]:
+        raise InvalidOption(f"{method.name} compensates no earlier compression; leave original= away")
     if not method.traits["shrinks"] and keep is not None:
         raise InvalidOption(f"{method.name} keeps no share of the numbers; leave keep= away")
 
@@ -369,26 +372,36 @@ class Work:
                     spacing=spacing(found.spectrum),
                 )
             )
+        report = self.task.report
+        if report.kept > self.task.keep * (1 + 1e-9) and not self.share.free:
+            report.notes.append(
+                f"{100 * report.kept:.1f} % of the numbers remain, more than keep={self.task.keep:g}: the "
+                f"share {self.share.name!r} found no ranks that take less"
+            )
 
 
 def targeted(task: Task, method: Method) -> list[Watched]:
-    """Return the targeted weights, checked.
+    """Return the targeted weights, checked; a preset leaves out kinds that the method does not apply to.
 
     Raises:
         Incompatible: the model holds an adapter.
-        UnsupportedLayer: a weight is of a kind that the method does not apply to.
+        UnsupportedLayer: a weight that was named, or every one of a preset, is of such a kind.
         InvalidOption: a weight holds NaN or infinite entries.
     """
     refuse_adapted(task.model)
-    weights = watch(task.model, task.targets)
+    found, kinds = watch(task.model, task.targets), method.traits["layers"]
+    refused = [weight for weight in found if weight.foreign or _kind(weight.layer) not in kinds]
+    if refused and (len(refused) == len(found) or not is_preset(task.targets)):
+        first = refused[0]
+        what = "quantised" if first.foreign else f"of the kind {_kind(first.layer)}"
+        raise UnsupportedLayer(
+            f"{first.path} is {what}; {method.name} applies to plain {' and '.join(kinds)} layers"
+        )
+    if refused:
+        names = ", ".join(weight.path for weight in refused)
+        task.report.notes.append(f"left as they were, {method.name} does not apply to them: {names}")
+    weights = [weight for weight in found if weight not in refused]
     for weight in weights:
-        kinds = method.traits["layers"]
-        kind = _kind(weight.layer)
-        if kind not in kinds or weight.foreign:
-            what = "quantised" if weight.foreign else f"of the kind {kind}"
-            raise UnsupportedLayer(
-                f"{weight.path} is {what}; {method.name} applies to plain {' and '.join(kinds)} layers"
-            )
         require_finite(weight.layer.matrix().detach(), f"{weight.path}: the weight")
     return weights
 

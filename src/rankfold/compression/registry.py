@@ -26,6 +26,7 @@ def compressor(
     targets: str = "all-linear",
     rest_frozen: bool = False,
     shrinks: bool = True,
+    compensates: bool = False,
     example: Mapping[str, Any] | None = None,
     lookups: Needs = (),
     per_sample: Callable[[Mapping[str, Any]], bool] = lambda options: False,
@@ -53,6 +54,7 @@ def compressor(
         targets: the default targets.
         rest_frozen: what is not compressed is frozen afterwards.
         shrinks: it leaves a share of the numbers, which `keep` says.
+        compensates: it reads the model before an earlier compression, `original`.
         example: options without which it cannot be used, for tests and documentation.
         lookups: like `needs`, of embeddings, which look rows up.
         per_sample: of the options: whether the statistics are of the examples of every batch one by one.
@@ -64,8 +66,8 @@ def compressor(
     traits = {
         "needs": needs, "share": share, "calibration": calibration, "whole": whole, "solves": solves,
         "structure": structure, "layers": tuple(layers), "targets": targets, "rest_frozen": rest_frozen,
-        "shrinks": shrinks, "example": dict(example or {}), "lookups": lookups, "per_sample": per_sample,
-        "finish": finish, "update": update,
+        "shrinks": shrinks, "compensates": compensates, "example": dict(example or {}), "lookups": lookups,
+        "per_sample": per_sample, "finish": finish, "update": update,
     }  # fmt: skip
     return register("compress", name, **about, traits=traits)
 

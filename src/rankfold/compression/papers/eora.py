@@ -42,6 +42,7 @@ from ..task import Task, require_tokens
     formula="W_c + B A,   B A = [(W - W_c) C^(1/2)]_r C^(-1/2)",
     whole=True,
     shrinks=False,
+    compensates=True,
     example={"rank": 4},
 )
 def eora(task: Task, *, rank: int = 128, damping: float = 0.0) -> None:
