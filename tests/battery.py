@@ -339,6 +339,13 @@ def through_matrix(model: nn.Module, x: Tensor) -> Tensor:
     matrix = expression_of(model).dense()
     if layer.is_released and layer.looked_up:
         return F.embedding(x, matrix, layer.padding_idx)
+    if layer.is_released and layer.materialised:
+        name = "layer.in_proj_weight" if matrix.shape[0] > matrix.shape[1] else "layer.out_proj.weight"
+        plain = rf.fold(copy.deepcopy(model))
+        rest = {
+            key: value for key, value in model.named_parameters() if key in dict(plain.named_parameters())
+        }
+        return functional_call(plain, {**rest, name: matrix}, (x,))
     if layer.is_released:
         return layer.op.apply(x, matrix, layer._parameters["bias"])
     if isinstance(layer, StructuredTransposedLinear):

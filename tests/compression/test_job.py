@@ -664,14 +664,41 @@ def test_a_disk_that_is_full_is_a_sentence_and_leaves_the_model(
 
 
 def test_a_preset_leaves_out_what_a_method_does_not_apply_to_and_says_so() -> None:
-    model = nn.TransformerEncoderLayer(16, 2, 32)
+    model, data = nn.TransformerEncoderLayer(16, 2, 32), [torch.randn(6, 4, 16)]
     notes: list[str] = []
-    rf.compress(model, "svd", keep=0.5, progress=False, report=lambda report: notes.extend(report.notes))
+    rf.compress(
+        model, "svd-llm", keep=0.5, data=data, few_tokens="allow", progress=False,
+        report=lambda report: notes.extend(report.notes),
+    )  # fmt: skip
     assert model.linear1.weight is None
     assert isinstance(model.self_attn, nn.MultiheadAttention)
-    assert notes == ["left as they were, svd does not apply to them: self_attn.in_proj, self_attn.out_proj"]
+    left = "self_attn.in_proj, self_attn.out_proj"
+    assert notes == [f"left as they were, svd-llm does not apply to them: {left}"]
     with pytest.raises(UnsupportedLayer, match=r"self_attn\.in_proj is of the kind attention"):
-        rf.compress(nn.TransformerEncoderLayer(16, 2, 32), "svd", targets="self_attn.*", progress=False)
+        rf.compress(
+            nn.TransformerEncoderLayer(16, 2, 32), "svd-llm", data=data, targets="self_attn.*", progress=False
+        )
+
+
+def test_projections_of_attention_modules_become_products_and_matrices_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(2, 5, 16)
+    original = copy.deepcopy(model)
+    rf.compress(model, "svd", keep=0.5, progress=False)
+    assert model.self_attn.original.in_proj_weight is None
+    near, attention = copy.deepcopy(original), original.self_attn
+    weights = [near.self_attn.in_proj_weight, near.self_attn.out_proj.weight]
+    assert weights[0].shape == attention.in_proj_weight.shape
+    for weight in (*weights, near.linear1.weight, near.linear2.weight):
+        left, values, right = torch.linalg.svd(weight.detach(), full_matrices=False)
+        rank = int(0.5 * weight.numel() / sum(weight.shape))
+        weight.data = (left[:, :rank] * values[:rank]) @ right[:rank]
+    torch.testing.assert_close(model(x), near(x))
+    rf.save(model, tmp_path / "small")
+    assert torch.equal(rf.load(copy.deepcopy(original), tmp_path / "small")(x), model(x))
+    folded = rf.fold(copy.deepcopy(model))
+    assert type(folded.self_attn) is nn.MultiheadAttention
+    torch.testing.assert_close(folded(x), near(x))
 
 
 def test_a_share_that_cannot_reach_the_budget_says_so() -> None:

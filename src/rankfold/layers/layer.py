@@ -20,6 +20,10 @@ from ..weights import LINEAR, Base, Composite, Convolution, Dropped, Foreign, Op
 from .foreign import dequantised, identifying, requantised
 
 _PLACE = "rankfold_place"  # an empty buffer that remembers dtype and device of a weight that is gone
+_GONE = (
+    "the layer's own weight is gone: an expression that is trained from scratch stands in its place; "
+    "rankfold.fold(model) makes a plain layer of it"
+)
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -107,10 +111,7 @@ class StructuredLayer(nn.Module):
         """Return the stored weight itself, in its own shape and form."""
         weight = self._parameters["weight"]
         if weight is None:
-            raise Incompatible(
-                "the layer's own weight is gone: an expression that is trained from scratch stands in its "
-                "place; rankfold.fold(model) makes a plain layer of it"
-            )
+            raise Incompatible(_GONE)
         return weight
 
     @property
@@ -304,7 +305,24 @@ class _Projection(StructuredLayer):
 
     def stored(self) -> Tensor:
         """Return the stored weight."""
-        return self._holder._parameters[self._name]  # type: ignore[return-value]
+        found = self._holder._parameters[self._name]
+        if found is None:
+            raise Incompatible(_GONE)
+        return found
+
+    def release(self) -> None:
+        """Let go of the stored weight, which the parent reads from here."""
+        stored = self.stored()
+        self._released = (self.shape, tuple(stored.shape))
+        self.register_buffer(_PLACE, stored.detach().new_empty(0), persistent=False)
+        self._holder._parameters[self._name] = None
+
+    def restore(self, weight: nn.Parameter) -> None:
+        """Hold a stored weight again."""
+        self._released = ()
+        self._buffers.pop(_PLACE, None)
+        self._non_persistent_buffers_set.discard(_PLACE)
+        self._holder._parameters[self._name] = weight
 
     @property
     def _holder(self) -> nn.Module:
@@ -313,13 +331,19 @@ class _Projection(StructuredLayer):
 
     def store(self, matrix: Tensor) -> None:
         """Put a new stored weight in the place of the old one."""
+        if self._released:
+            self.restore(nn.Parameter(matrix.to(self._buffers[_PLACE]).contiguous()))
+            return
         old = self.stored()
         parameter = nn.Parameter(matrix.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
         self._holder._parameters[self._name] = parameter
 
     def current(self) -> Tensor:
         """Return the matrix that the parent is to use now."""
-        return self.matrix() if self.expression is None else self.expression.dense().to(self.matrix().dtype)
+        if self.expression is None:
+            return self.matrix()
+        like = self._buffers[_PLACE] if self._released else self.matrix()
+        return self.expression.dense().to(like.dtype)  # type: ignore[union-attr]
 
 
 class _OutProjection(_Projection):

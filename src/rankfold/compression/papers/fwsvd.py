@@ -35,6 +35,7 @@ _READ = {"out": (_ROWS,), "in": (_COLUMNS,), "both": (_ROWS, _COLUMNS)}
     formula="W ~ D^-1 [D W]_r, D the root of the Fisher information of the rows",
     needs=lambda options: _READ.get(options["axis"], ()),
     per_sample=lambda options: options["per_sample"],
+    layers=("linear", "attention", "convolution"),
 )
 def fwsvd(site: Site, *, axis: str = "out", per_sample: bool = True) -> Objective:
     """Return the error weighted by Fisher information.

@@ -15,6 +15,7 @@ from ..registry import compressor
     title="The Approximation of One Matrix by Another of Lower Rank",
     year=1936,
     formula="W ~ [W]_r",
+    layers=("linear", "attention", "convolution"),
 )
 def svd(site: Site) -> Objective:
     """Return the plain error.

@@ -45,6 +45,7 @@ def energy(units: Sequence[Unit], budget: int, *, energy: float = 0.98) -> Ranks
     code="yuhuixu1993/Trained-Rank-Pruning",
     formula="W ~ [W]_r with the smallest r that holds a share of the energy",
     share="energy",
+    layers=("linear", "attention", "convolution"),
 )
 def trp(site: Site) -> Objective:
     """Return the plain error.
@@ -57,6 +58,6 @@ def trp(site: Site) -> Objective:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
         >>> _ = torch.nn.init.ones_(model[0].weight)
         >>> rf.compress(model, "trp", progress=False)[0].expression
-        up*[16x1] @ down*[1x16]
+        (up*[16x1] @ down*[1x16])
     """
     return Objective()

@@ -85,6 +85,7 @@ def _share(units: Sequence[Unit], normal: dict[str, torch.Tensor], level: float)
     formula="W ~ [W]_r where a threshold on its normalised spectrum leaves few ranks, else W frozen",
     share="welore",
     rest_frozen=True,
+    layers=("linear", "attention", "convolution"),
 )
 def welore(site: Site) -> Objective:
     """Return the plain error; the ranks are the method.
@@ -98,6 +99,6 @@ def welore(site: Site) -> Objective:
         >>> torch.nn.init.ones_(model[0].weight).shape
         torch.Size([32, 32])
         >>> rf.compress(model, "welore", keep=0.6, progress=False)[0].expression
-        up*[32x1] @ down*[1x32]
+        (up*[32x1] @ down*[1x32])
     """
     return Objective()

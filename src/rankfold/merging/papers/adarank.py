@@ -53,6 +53,7 @@ _ORIGINS = ("base", "mean")
     formula="th0 + sum_t l_t U_t (h_t s_t) V_t^T, masks h and coefficients l of least entropy",
     base="optional",
     whole=True,
+    example={"steps": 2},
 )
 def adarank(
     sources: Sources,

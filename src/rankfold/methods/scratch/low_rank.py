@@ -25,7 +25,7 @@ from ..site import Basis, Factors, Site
     formula="W = B A, from the best rank-r part of the usual start",
     start=not_base("that of the best rank-r part of every weight"),
     rank=128,
-    layers=("linear", "convolution", "embedding"),
+    layers=("linear", "attention", "convolution", "embedding"),
     pairs="terms",
     sides=True,
     entries=True,
