@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import Incompatible
 from ..statistics.batches import call, prepared
@@ -16,29 +17,26 @@ _NAMES = ("logits", "last_hidden_state")
 
 
 def output_of(model: nn.Module, content: Any) -> Tensor:
-    """Return what a model says of a batch: a tensor, its logits, or its last hidden states.
+    """Return what a model says of a batch: its logits, its last hidden states, or else its first tensor.
 
     Args:
         model: any module.
         content: the batch; of a mapping, labels are left out.
 
     Raises:
-        Incompatible: it says neither.
+        Incompatible: it returns no tensor of numbers.
     """
     if isinstance(content, Mapping):
         content = {key: value for key, value in content.items() if key != "labels"}
     found = call(model, content)
-    for name in () if isinstance(found, Tensor) else _NAMES:
-        value = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)
-        if isinstance(value, Tensor):
+    named = [found.get(n) if isinstance(found, Mapping) else getattr(found, n, None) for n in _NAMES]
+    rest = tree_leaves(list(found.values()) if isinstance(found, Mapping) else found)
+    for value in (*named, *rest):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
             return value
-    if isinstance(found, tuple) and found and isinstance(found[0], Tensor):
-        return found[0]
-    if not isinstance(found, Tensor):
-        raise Incompatible(
-            f"{type(model).__name__} returns no tensor, logits or last_hidden_state that could be compared"
-        )
-    return found
+    raise Incompatible(
+        "the model's output holds neither a loss nor a tensor of numbers to compare; pass loss="
+    )
 
 
 class Distortion:

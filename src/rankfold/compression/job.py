@@ -22,7 +22,7 @@ from ..statistics.calibrating import Progress
 from ..statistics.finite import require_finite
 from ..statistics.watched import Watched, watch
 from .ledger import Ledger, digest
-from .measuring import Distortion, Undo, biases_of, stand_in
+from .measuring import Suffered, Undo, biases_of, stand_in
 from .objective import Objective, Site, Solved, nested, solved, spectrum_of
 from .registry import Need, compressor_named, needs_of
 from .report import CompressionReport, Row, sampled, spacing
@@ -249,9 +249,9 @@ class Work:
 
     def _measures(self) -> dict[str, Callable[[int], float]]:
         """Return, by path, what the model's output suffers where one weight alone has a rank."""
-        suffers = Distortion(self.task)
+        suffered = Suffered(self.task)
         return {
-            weight.path: partial(suffers.where, weight, self._every_rank(site))
+            weight.path: partial(suffered.where, weight, self._every_rank(site))
             for weight, site in self._sites(self.weights, sequential=False)
         }
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from ..errors import Incompatible
 from ..formats.files import read_tensors
 from ..layers import StructuredTransposedLinear
-from ..statistics.batches import call, loss_of, prepared
+from ..statistics.batches import loss_of, prepared
 from ..statistics.calibrating import calibrating
 from ..statistics.watched import Watched
+from .distortion import output_of
 from .ledger import write_kept
 from .objective import Solved
 from .task import Task
@@ -87,8 +85,10 @@ def biases_of(weight: Watched) -> list[Tensor]:
     return list({id(bias): bias.detach() for bias in found if bias is not None}.values())
 
 
-class Distortion:
-    """What a model's output suffers: its loss, or without one the relative squared error of its output.
+class Suffered:
+    """What a model's output suffers where one weight alone is cut.
+
+    It is the loss, or without one the relative squared error of the output.
 
     Args:
         task: the model and the batches; labels in them give a loss.
@@ -125,19 +125,4 @@ class Distortion:
         """Yield the loss of every batch, a scalar, or else the model's output."""
         for batch in self.batches:
             loss = loss_of(self.task.model, batch, self.task.loss, needed=False)
-            yield first(call(self.task.model, batch.content)) if loss is None else loss.double()
-
-
-def first(output: Any) -> Tensor:
-    """Return the first tensor of floating point in a model's output.
-
-    Raises:
-        Incompatible: there is none.
-    """
-    held = list(output.values()) if isinstance(output, Mapping) else output
-    for value in tree_leaves(held):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
-            return value
-    raise Incompatible(
-        "the model's output holds neither a loss nor a tensor of numbers to compare; pass loss="
-    )
+            yield output_of(self.task.model, batch.content) if loss is None else loss.double()
