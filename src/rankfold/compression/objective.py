@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InvalidOption, NotDense
 from ..layers import StructuredEmbedding, StructuredLayer
-from ..linalg import Diagonal, LowRank, Metric, RootGram, factored_svd, output_low_rank, weighted_low_rank
+from ..linalg import Diagonal, LowRank, Metric, RootGram, factored_svd, gram_low_rank, weighted_low_rank
 from ..optim.seeds import hashed
 from ..statistics.statistics import WeightStatistics
 from ..weights.kernels import at_least_float32
@@ -163,25 +163,24 @@ def solved(site: Site, objective: Objective, rank: int, solver: str = "exact") -
         site: the weight.
         objective: the error.
         rank: at least 1.
-        solver: "exact", or "randomised": by a random range, or of a wide weight, where the rank is large or a
-            Gram matrix's root would be taken, from the eigenvectors of the Gram matrix of its outputs.
+        solver: "exact", or "randomised": by a random range, or where the rank is large or inputs are
+            weighed, from the eigenvectors of the smaller Gram matrix, which is faster there.
     """
     pays = isinstance(objective.right, RootGram) or LARGE * rank > min(site.shape)
-    if solver == "randomised" and pays and _by_outputs(site, objective):
-        return _from_outputs(site, objective, rank)
+    if solver == "randomised" and pays and _has_gram(objective):
+        return _from_gram(site, objective, rank)
     return _from_terms(site, objective, terms_of(site, objective, rank, solver))
 
 
-def _by_outputs(site: Site, objective: Objective) -> bool:
-    plain = objective.right is None or isinstance(objective.right, RootGram)
-    return objective.left is None and plain and site.shape[0] <= site.shape[1]
+def _has_gram(objective: Objective) -> bool:
+    return objective.left is None and (objective.right is None or isinstance(objective.right, RootGram))
 
 
-def _from_outputs(site: Site, objective: Objective, rank: int) -> Solved:
-    """Return the best factors without the root of a Gram matrix; see `output_low_rank`."""
+def _from_gram(site: Site, objective: Objective, rank: int) -> Solved:
+    """Return the best factors without a singular value decomposition; see `gram_low_rank`."""
     target = objective.target(site)
     gram = objective.right.matrix if isinstance(objective.right, RootGram) else None
-    up, down, values = output_low_rank(target, rank, gram, damping=objective.damping)
+    up, down, values = gram_low_rank(target, rank, gram, damping=objective.damping)
     error, size = float(values[rank:].double().norm()), float(values.double().norm())
     bias = None
     if objective.mean is not None:

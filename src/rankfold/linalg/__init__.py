@@ -11,7 +11,7 @@ from .quantised_low_rank import QuantisedLowRank, low_rank_part, quantised_low_r
 from .shares import proportional, top_counts
 from .skeleton import Skeleton, nystrom, skeleton
 from .svd import polar_factor, range_finder, truncated_svd
-from .weighted import output_low_rank, weighted_low_rank
+from .weighted import gram_low_rank, weighted_low_rank
 
 __all__ = [
     "Diagonal",
@@ -29,11 +29,11 @@ __all__ = [
     "codebook",
     "dequantise",
     "factored_svd",
+    "gram_low_rank",
     "low_rank_part",
     "monarch_dense",
     "monarch_projection",
     "nystrom",
-    "output_low_rank",
     "pivoted_lu",
     "pivoted_qr",
     "polar_factor",

@@ -18,46 +18,53 @@ from torch import Tensor
 from ..errors import InvalidOption
 from .checks import null_level, precise_dtype, require_finite, require_indices, require_rank
 from .lowrank import LowRank
-from .metrics import Gram, Metric, RootGram, after, before, damped
+from .metrics import Gram, Metric, RootGram, after, before, damped, psd_root
 from .operands import DenseOperand, Operand, Target, as_operand
 from .svd import column_signs, completed_basis
 from .terms import Terms, exact_terms, randomised_terms
 
 
 @torch.no_grad()
-def output_low_rank(
+def gram_low_rank(
     target: Tensor, rank: int, gram: Tensor | None = None, *, damping: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U_r, U_r^T T and all singular values of T C^(1/2), from the eigenvectors of T C T^T alone.
+    """Return U_r, U_r^T T and all singular values of M = T C^(1/2), from the smaller of its Gram matrices.
 
-        T C T^T = U S^2 U^T,   X = U_r U_r^T T,   ||(T - X) C^(1/2)|| = sqrt(sum of S_i^2 over i > r)
+        m <= n:   M M^T = T C T^T = U S^2 U^T
+        m > n:    M^T M = V S^2 V^T,   U_r = the orthonormal basis of M V_r
+        X = U_r U_r^T T,   ||(T - X) C^(1/2)|| = sqrt(sum of S_i^2 over i > r)
 
-    Neither C^(1/2) nor a decomposition of the size of T is taken, so this is several times faster than
-    `weighted_low_rank` where T is wide; singular values below the root of the rounding, relative to the
-    largest, are lost.
+    No singular value decomposition of M is taken, and of a wide matrix no C^(1/2) either, so that this is
+    several times faster than `weighted_low_rank`. Singular values below the root of the rounding, relative to
+    the largest, are lost.
 
     Args:
         target: T (m, n), float32 or better.
-        rank: r, 1..m.
+        rank: r, 1..min(m, n).
         gram: C (n, n), or None for the identity.
         damping: d >= 0, C becomes C + d mean(diag C) I.
 
     Raises:
-        InvalidRank: the rank is not in 1..m.
+        InvalidRank: the rank is not in 1..min(m, n).
 
     Example:
         >>> import torch
-        >>> up, down, values = output_low_rank(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 1)
+        >>> up, down, values = gram_low_rank(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), 1)
         >>> (up @ down).round(), values[:1]
         (tensor([[3., 4.],
                 [0., 0.]]), tensor([5.]))
     """
-    require_rank(rank, len(target), "the number of terms")
-    weighed = target if gram is None else target @ damped(gram.to(target), damping)
-    squares, vectors = torch.linalg.eigh(weighed @ target.T)
-    up = vectors.flip(1)[:, :rank]
-    signs = column_signs(up)
-    return up * signs, (up * signs).T @ target, squares.flip(0).clamp(min=0).sqrt()
+    require_rank(rank, min(target.shape), "the number of terms")
+    if target.shape[0] <= target.shape[1]:
+        weighed = target if gram is None else target @ damped(gram, damping).to(target)
+        squares, vectors = torch.linalg.eigh(weighed @ target.T)
+        up = vectors.flip(1)[:, :rank]
+    else:
+        weighed = target if gram is None else target @ psd_root(gram, damping=damping).to(target)
+        squares, vectors = torch.linalg.eigh(weighed.T @ weighed)
+        up = torch.linalg.qr(weighed @ vectors.flip(1)[:, :rank]).Q
+    up = up * column_signs(up)
+    return up, up.T @ target, squares.flip(0).clamp(min=0).sqrt()
 
 
 Select = Literal["top", "bottom"] | Tensor | Sequence[int]
